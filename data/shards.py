@@ -1,0 +1,378 @@
+"""The shard format, the manifest beside it, and `python -m data.shards DIR`, which verifies a data directory.
+
+A shard is 256 little-endian int32 (magic 20240520, version 1, token count, zeros) followed by the tokens as
+little-endian uint16: the format of the FineWeb-10B shards on the hub. A file is `{prefix}_{split}_{index:06d}.bin` with
+the split `train` or `val`. `manifest.json` in the same directory says what each file must hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from training.errors import UserError
+
+MAGIC = 20240520
+VERSION = 1
+HEADER_INTS = 256
+HEADER_BYTES = 4 * HEADER_INTS
+TOKEN = np.dtype("<u2")
+MAX_SHARD_TOKENS = 2**31 - 1  # the count is an int32
+MANIFEST = "manifest.json"
+SPLITS = ("train", "val")
+_CHUNK_TOKENS = 1 << 22
+
+Progress = Callable[[int], object]  # is told the bytes done since the last call
+
+
+def _silent(_: int) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """What the manifest records of one shard."""
+
+    bytes: int
+    tokens: int
+    sha256: str
+    min_token: int
+    max_token: int
+
+
+@dataclass
+class Manifest:
+    """The contents of `manifest.json`: where the tokens are from and what each file must hold."""
+
+    encoding: str
+    vocab_size: int
+    source: str
+    licence: str
+    files: dict[str, ShardInfo] = field(default_factory=dict)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A binary file that appears under `path`, whole and on disk, when the block ends; never if it raises."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
+            file.flush()
+            os.fchmod(file.fileno(), 0o666 & ~_umask())  # mkstemp makes files that only the owner can read
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
+def _umask() -> int:
+    """The process's umask (which can only be read by setting it)."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+def sync_directory(directory: Path) -> None:
+    """Make the names in `directory` durable."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ---- writing
+
+
+def write_shard(path: Path | str, tokens: np.ndarray) -> ShardInfo:
+    """Write `tokens` as one shard, atomically, and return its manifest entry."""
+    path = Path(path)
+    tokens = np.asarray(tokens)
+    if tokens.ndim != 1 or not 0 < tokens.size <= MAX_SHARD_TOKENS or tokens.dtype.kind not in "iu":
+        raise ValueError(f"a shard holds 1 to {MAX_SHARD_TOKENS} integers, not {tokens.dtype}{tokens.shape}")
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high > 65535:
+        raise ValueError(f"tokens {low} to {high} do not fit uint16")
+    header = np.zeros(HEADER_INTS, dtype="<i4")
+    header[:3] = MAGIC, VERSION, tokens.size
+    body = np.ascontiguousarray(tokens, dtype=TOKEN)
+    digest = hashlib.sha256(header.tobytes())
+    digest.update(body)
+    with atomic_file(path) as file:
+        file.write(header.tobytes())
+        file.write(body.data)
+    return ShardInfo(HEADER_BYTES + body.nbytes, tokens.size, digest.hexdigest(), low, high)
+
+
+class ShardWriter:
+    """Streams the tokens of one split into shards of `shard_tokens` tokens each (the last one may be shorter)."""
+
+    def __init__(self, directory: Path | str, prefix: str, split: str, shard_tokens: int) -> None:
+        if not 0 < shard_tokens <= MAX_SHARD_TOKENS:
+            raise UserError(f"tokens per shard must be 1 to {MAX_SHARD_TOKENS}, not {shard_tokens}")
+        self.directory, self.prefix, self.split, self.shard_tokens = Path(directory), prefix, split, shard_tokens
+        self.files: dict[str, ShardInfo] = {}
+        self.tokens = 0
+        self._chunks: list[np.ndarray] = []
+        self._pending = 0
+        self._index = 0 if split == "val" else 1  # as in FineWeb: train counts from 1, val from 0
+
+    def write(self, tokens: np.ndarray) -> None:
+        """Append tokens; a shard is written each time enough have come together."""
+        start = 0
+        while start < len(tokens):
+            chunk = tokens[start : start + self.shard_tokens - self._pending]
+            self._chunks.append(chunk)
+            self._pending += len(chunk)
+            start += len(chunk)
+            if self._pending == self.shard_tokens:
+                self._cut()
+
+    def close(self) -> None:
+        """Write what is left."""
+        if self._pending:
+            self._cut()
+
+    def _cut(self) -> None:
+        name = f"{self.prefix}_{self.split}_{self._index:06d}.bin"
+        self.files[name] = write_shard(self.directory / name, np.concatenate(self._chunks))
+        self.tokens += self._pending
+        self._index += 1
+        self._chunks, self._pending = [], 0
+
+
+# ---- reading
+
+
+def check_shard(path: Path | str) -> int:
+    """The number of tokens of a shard whose header and size are right; a `UserError` for any other file."""
+    path = Path(path)
+    again = "delete it, then download or tokenize it again"
+    try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: is not a file, so not a shard; remove it from the data directory")
+        with path.open("rb") as file:
+            raw = file.read(HEADER_BYTES)
+            size = os.fstat(file.fileno()).st_size
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such shard; download it (python -m data.fineweb) or tokenize some text") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check its permissions and the disk") from None
+    if len(raw) < HEADER_BYTES:
+        raise UserError(f"{path}: {len(raw)} bytes are too few for a shard's header of {HEADER_BYTES}; {again}")
+    magic, version, tokens = (int(number) for number in np.frombuffer(raw, dtype="<i4", count=3))
+    if magic != MAGIC:
+        raise UserError(f"{path}: not a token shard (magic {magic}, not {MAGIC}); remove it from the data directory")
+    if version != VERSION:
+        raise UserError(f"{path}: shard version {version}, but only version {VERSION} is known; {again}")
+    if tokens <= 0:
+        raise UserError(f"{path}: its header counts {tokens} tokens; {again}")
+    expected = HEADER_BYTES + TOKEN.itemsize * tokens
+    if size < expected:
+        raise UserError(f"{path}: truncated, {size} of {expected} bytes; {again}")
+    if size > expected:
+        raise UserError(f"{path}: {size - expected} bytes after the last of its {tokens} tokens; {again}")
+    return tokens
+
+
+def open_shard(path: Path | str) -> np.memmap:
+    """The tokens of a checked shard, memory-mapped read-only."""
+    tokens = check_shard(path)
+    try:
+        return np.memmap(path, dtype=TOKEN, mode="r", offset=HEADER_BYTES, shape=(tokens,))
+    except (OSError, ValueError) as error:  # ValueError: the file shrank since it was checked
+        raise UserError(f"{path}: cannot be memory-mapped ({error})") from None
+
+
+def list_shards(directory: Path | str, split: str | None = None) -> list[Path]:
+    """The shards of a split (or of all splits), sorted by name."""
+    splits = SPLITS if split is None else (split,)
+    return sorted(path for name in splits for path in Path(directory).glob(f"*_{name}_*.bin"))
+
+
+def shard_info(path: Path | str, progress: Progress = _silent) -> ShardInfo:
+    """Check a shard, then read all of it for its manifest entry."""
+    path = Path(path)
+    tokens = open_shard(path)
+    with path.open("rb") as file:
+        digest = hashlib.sha256(file.read(HEADER_BYTES))
+    progress(HEADER_BYTES)
+    low, high = 65535, 0
+    for start in range(0, len(tokens), _CHUNK_TOKENS):
+        chunk = np.array(tokens[start : start + _CHUNK_TOKENS])
+        digest.update(chunk)
+        low, high = min(low, int(chunk.min())), max(high, int(chunk.max()))
+        progress(chunk.nbytes)
+    return ShardInfo(HEADER_BYTES + tokens.nbytes, len(tokens), digest.hexdigest(), low, high)
+
+
+# ---- the manifest
+
+
+def write_manifest(directory: Path | str, manifest: Manifest) -> None:
+    """Write `manifest.json`, atomically."""
+    manifest.files = dict(sorted(manifest.files.items()))
+    with atomic_file(Path(directory) / MANIFEST) as file:
+        file.write((json.dumps(asdict(manifest), indent=1) + "\n").encode())
+
+
+def read_manifest(directory: Path | str) -> Manifest | None:
+    """The manifest of a data directory, None where there is none; a `UserError` where it is damaged."""
+    path = Path(directory) / MANIFEST
+    try:
+        raw = json.loads(path.read_bytes())
+        files = {name: ShardInfo(**entry) for name, entry in raw.pop("files").items()}
+        manifest = Manifest(**raw, files=files)
+        integers = [manifest.vocab_size]
+        integers += [
+            number for info in files.values() for number in (info.bytes, info.tokens, info.min_token, info.max_token)
+        ]
+        if any(Path(name).name != name for name in files):
+            raise ValueError("a file outside the directory")
+        if not all(type(number) is int for number in integers):
+            raise ValueError("a number is not an integer")
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(f"{path}: damaged ({reason}); delete it and verify the shards") from None
+    return manifest
+
+
+def check_split(directory: Path | str, split: str) -> tuple[list[Path], Manifest | None]:
+    """The shards of a split, each with a right header and size, none missing, and in agreement with the manifest.
+
+    This is what training does before it starts: it opens each file but reads no tokens.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise UserError(f"{directory}: no such data directory; make it with python -m data.fineweb")
+    paths = list_shards(directory, split)
+    if not paths:
+        raise UserError(f"{directory}: holds no {split} shards (*_{split}_*.bin)")
+    manifest = read_manifest(directory)
+    counts = {path.name: check_shard(path) for path in paths}
+    _check_numbering(directory, paths)
+    if manifest is None:
+        return paths, None
+    for name in manifest.files:
+        if f"_{split}_" in name and name not in counts:
+            raise UserError(f"{directory / name}: in {MANIFEST} but not there; download or tokenize the data again")
+    for name, tokens in counts.items():
+        info = manifest.files.get(name)
+        if info and (info.tokens, info.bytes) != (tokens, HEADER_BYTES + TOKEN.itemsize * tokens):
+            raise UserError(
+                f"{directory / name}: {tokens} tokens, but {MANIFEST} says {info.tokens}: not the same file; "
+                "delete it, then download or tokenize it again"
+            )
+        if info and info.max_token >= manifest.vocab_size:
+            raise UserError(
+                f"{directory / name}: holds the token {info.max_token}, outside its vocabulary of "
+                f"{manifest.vocab_size} ({MANIFEST}); tokenize the data again"
+            )
+    return paths, manifest
+
+
+def _check_numbering(directory: Path, paths: list[Path]) -> None:
+    """A hole in the numbers means that a file was lost: training would go on with the wrong tokens."""
+    last: dict[str, int] = {}
+    for path in paths:
+        match = re.fullmatch(r"(.*_)(\d+)\.bin", path.name)
+        if not match:
+            continue
+        prefix, index = match[1], int(match[2])
+        if prefix in last and index > last[prefix] + 1:
+            raise UserError(
+                f"{directory / f'{prefix}{last[prefix] + 1:06d}.bin'}: missing, though {path.name} is there; "
+                "download or copy it again"
+            )
+        last[prefix] = index
+
+
+# ---- verification
+
+
+def verify(directory: Path | str, progress: Progress = _silent) -> dict[str, tuple[ShardInfo | None, str]]:
+    """Read every shard of a directory: name → (what it holds, what is wrong with it, "" for nothing)."""
+    directory = Path(directory)
+    manifest = read_manifest(directory)
+    names = {path.name for path in list_shards(directory)} | set(manifest.files if manifest else ())
+    results: dict[str, tuple[ShardInfo | None, str]] = {}
+    for name in sorted(names):
+        try:
+            info = shard_info(directory / name, progress)
+        except UserError as error:
+            results[name] = (None, str(error).removeprefix(f"{directory / name}: "))
+            continue
+        recorded = manifest.files.get(name) if manifest else None
+        wrong = ""
+        if recorded and info != recorded:
+            part = next(key for key, value in asdict(recorded).items() if value != getattr(info, key))
+            wrong = f"{part} differs from {MANIFEST}: delete it, then download or tokenize it again"
+        elif manifest and info.max_token >= manifest.vocab_size:
+            wrong = f"token {info.max_token} is outside the vocabulary of {manifest.vocab_size}"
+        results[name] = (info, wrong)
+    return results
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Verify a data directory and print a table."""
+    parser = argparse.ArgumentParser(
+        prog="python -m data.shards", description="Verify every shard of a data directory."
+    )
+    parser.add_argument("directory", type=Path, help="the directory with the *_train_*.bin and *_val_*.bin files")
+    directory = parser.parse_args(arguments).directory
+    if not directory.is_dir():
+        raise UserError(f"{directory}: no such directory")
+    from tqdm import tqdm
+
+    total = sum(path.stat().st_size for path in list_shards(directory))
+    with tqdm(total=total, unit="B", unit_scale=True, desc="verify", disable=not sys.stderr.isatty()) as bar:
+        results = verify(directory, bar.update)
+    if not results:
+        raise UserError(f"{directory}: holds no shards (*_train_*.bin, *_val_*.bin)")
+    manifest = read_manifest(directory)
+    width = max(len(name) for name in results)
+    print(f"{'file':{width}}  {'tokens':>13}  {'min':>5}  {'max':>5}  sha256        state")
+    for name, (info, wrong) in results.items():
+        unlisted = "" if manifest and name in manifest.files else f" (not in {MANIFEST}, so only its form is checked)"
+        numbers = f"{info.tokens:13,}  {info.min_token:5}  {info.max_token:5}  {info.sha256[:12]}" if info else " " * 41
+        print(f"{name:{width}}  {numbers}  {wrong or 'ok' + unlisted}")
+    if manifest:
+        print(f"{manifest.encoding}, vocabulary {manifest.vocab_size}: {manifest.source} ({manifest.licence})")
+    bad = [name for name, (_, wrong) in results.items() if wrong]
+    if bad:
+        raise UserError(f"{directory}: {len(bad)} of {len(results)} shards are not right, the first is {bad[0]}")
+
+
+def run_main(entry: Callable[[], None]) -> None:
+    """Run a command's `main`: what the user can mend is one line on stderr and exit code 2."""
+    try:
+        entry()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    run_main(main)
