@@ -228,7 +228,8 @@ def _file_values(path: str) -> dict[str, Any]:
     try:
         names = runpy.run_path(path)
     except SyntaxError as error:
-        raise _mistake(f"{error.filename}, line {error.lineno}: {error.msg}; correct the config") from None
+        where = f"{error.filename}, line {error.lineno}" if error.filename and error.lineno else path
+        raise _mistake(f"{where}: {error.msg}; correct the config") from None
     except (Exception, SystemExit) as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
         where = f"{path}, line {lines[-1]}" if lines else path
