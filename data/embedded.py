@@ -21,7 +21,7 @@ from data.tokenize_text import tokenize_documents
 from training.errors import UserError
 
 LICENCE = "public domain (17 U.S.C. § 105); the package: MIT"
-VAL_EVERY, VAL_FIRST = 40, 21  # every 40th address in the order of time: 2%, one of every other generation
+VAL_EVERY, VAL_FIRST = 40, 21  # every 40th address in the order of time: 2%
 
 
 def prepare(data_dir: Path | str, encoding: str = "bytes") -> Path:

