@@ -1,0 +1,479 @@
+"""Gluon: momentum and a linear minimisation oracle per layer (Riabinin, Shulgin, Gruntkowska, Richtárik, "Gluon: Making
+Muon & Scion Great Again!", arXiv 2505.13416). Muon, Scion, normalised SGD and sign momentum are its special cases."""
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.optim import Optimizer
+
+from optim.norms import Norm, Spectral, get_norm
+from optim.polar import work_dtype
+from optim.sharding import Alone, Ownership, Replicated, Sharded, local
+
+Closure = Callable[[], Any]
+
+
+class Gluon(Optimizer):
+    r"""Gluon with weight decay, for each layer i with its own norm:
+
+        M_k     = β M_{k-1} + (1-β) g_k                      M_0 = g_0, the first gradient taken whole
+        X_{k+1} = (1 - lr·weight_decay) X_k + lr·radius · LMO_i(M_k)
+
+    `weight_decay` 0 is unconstrained Gluon, 1 is constrained Scion; the spectral norm with any value is Muon with decoupled
+    decay. A parameter whose `.grad` is None keeps its weights, momentum and everything else.
+
+    Arguments:
+        params: parameters or groups; every option below but `process_group` can differ between groups.
+        lr: the step size t before the radius, ≥ 0.
+        momentum: β in [0, 1), the weight of the past.
+        weight_decay: ≥ 0.
+        norm: spectral, sign, colnorm, rownorm, frobenius, rms, auto (by shape), or adamw: AdamW in the same optimizer, with
+            `betas`, `eps` and lr·radius as its learning rate.
+        radius: of the ball, > 0.
+        scale: the spectral norm's dimension factor: scion, muon, moonlight, none (see `optim.norms.spectral_factor`).
+        polar: the polar factor: polar_express, newton_schulz, svd.
+        process_group: the ranks that hold the same parameters and gradients and share the work: each matrix has one owner,
+            which keeps its momentum. Default: the default group where torch.distributed is initialised. DTensor parameters
+            (FSDP2) are shared over their own mesh instead.
+
+    `step` leaves no gradient behind: `.grad` is None after it. Momentum is float32, or float64 for float64 parameters.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        norm: str = "spectral",
+        radius: float = 1.0,
+        *,
+        scale: str = "scion",
+        polar: str = "polar_express",
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        process_group: dist.ProcessGroup | None = None,
+        **options: float | None,
+    ) -> None:
+        defaults = {
+            "lr": lr, "momentum": momentum, "weight_decay": weight_decay, "norm": norm, "radius": radius,
+            "scale": scale, "polar": polar, "betas": betas, "eps": eps, **options,
+        }  # fmt: skip
+        self._set_up(process_group)
+        super().__init__(params, defaults)
+
+    # ---- the step, and what a variant changes of it -------------------------------------------------------------------
+
+    def step(self, closure: Closure | None = None, previous: Closure | None = None) -> Any:
+        """Update the weights with the gradients in place, or with those that `closure` leaves.
+
+        `closure` evaluates the whole batch, calls backward() and returns the loss; it zeroes, clips and unscales nothing.
+        `previous` belongs to the variants that evaluate twice and is not called here. Returns the closure's loss.
+        """
+        loss = self._evaluate(closure) if closure is not None else None
+        self._fold_gradients()
+        self._apply_update()
+        self._drop_gradients()
+        return loss
+
+    def flush(self) -> None:
+        """Apply an update that is still pending (MVR-2, at the end of a run); does nothing elsewhere."""
+
+    def _fold(self, group: dict[str, Any], states: list[dict[str, Any]], gradients: list[Tensor]) -> None:
+        """M ← β M + (1-β) g, for parameters that have had a gradient before."""
+        average([local(s["momentum_buffer"]) for s in states], gradients, group["momentum"], 1 - group["momentum"])
+
+    def _start(self, state: dict[str, Any], gradient: Tensor) -> None:
+        """M_0 = g_0."""
+        local(state["momentum_buffer"]).copy_(gradient)
+
+    def _takes_part(self, p: Tensor) -> bool:
+        """Whether this step moves the parameter."""
+        return p.grad is not None
+
+    def _lmo_input(self, p: Tensor, group: dict[str, Any]) -> Tensor:
+        """What the LMO is taken of; local to this rank."""
+        return local(self.state[p]["momentum_buffer"])
+
+    def _buffer_names(self, group: dict[str, Any]) -> list[str]:
+        return ["momentum_buffer", "exp_avg_sq"] if group["norm"] == "adamw" else ["momentum_buffer"]
+
+    # ---- state ------------------------------------------------------------------------------------------------------
+
+    @property
+    def updates(self) -> int:
+        """Updates applied so far: the index of the weights that the model now holds."""
+        return self.param_groups[0]["updates"]
+
+    def _set_up(self, process_group: dist.ProcessGroup | None) -> None:
+        self._process_group = process_group
+        self._owners = Ownership()
+        self._layout_checked = False
+        self._ignore_zero_grad = False
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        updates = self.param_groups[0]["updates"] if self.param_groups else 0
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            self._check_group(group)
+        except ValueError:
+            self.param_groups.pop()
+            raise
+        group["updates"] = updates
+        # What the pending update was made with, whatever a scheduler sets before it is applied.
+        group["pending"] = False
+        group["pending_lr"] = group["pending_weight_decay"] = group["pending_radius"] = 0.0
+        self._assign_owners(group)
+        for p in group["params"]:
+            # `steps` counts the gradients taken; `pending` says that the pending update moves this parameter.
+            self.state[p] = {"steps": 0, "pending": False}
+            if self._owns(p):
+                self.state[p] |= {name: _buffer_like(p) for name in self._buffer_names(group)}
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        def require(name: str, ok: bool, allowed: str) -> None:
+            if not ok:
+                raise ValueError(f"{name} must be {allowed}, got {group[name]!r}")
+
+        def within(name: str, low: float, high: float = math.inf) -> bool:
+            value = group[name]
+            return isinstance(value, int | float | Tensor) and not isinstance(value, bool) and low <= float(value) < high
+
+        require("lr", within("lr", 0), "a finite number ≥ 0")
+        require("momentum", within("momentum", 0, 1), "a number in [0, 1)")
+        require("weight_decay", within("weight_decay", 0), "a finite number ≥ 0")
+        require("radius", within("radius", 0) and group["radius"] > 0, "a finite number > 0")
+        require("eps", within("eps", 0), "a finite number ≥ 0")
+        betas = group["betas"]
+        require("betas", len(betas) == 2 and all(0 <= b < 1 for b in betas), "two numbers in [0, 1)")
+        get_norm("rms", torch.Size(()), group["scale"], group["polar"])
+        for p in group["params"]:
+            if not p.is_floating_point():
+                raise ValueError(f"params must be real floating-point tensors, got one of dtype {p.dtype}")
+            _norm(group, p)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if not hasattr(self, "_owners"):  # unpickled or copied: process groups do not travel
+            self._set_up(None)
+            for group in self.param_groups:
+                self._assign_owners(group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but buffers keep their own dtype and storage, and take what this rank owns of a whole state.
+
+        Raises ValueError where a buffer that this rank owns is missing, as in the state_dict of one rank of several (see
+        `full_state_dict`).
+        """
+        mine = {
+            p: {name: self.state[p][name] for name in self._buffer_names(group) if self._owns(p)}
+            for group in self.param_groups
+            for p in group["params"]
+        }
+        names = [i for group in state_dict["param_groups"] for i in group["params"]]
+        saved = dict(zip(mine, (state_dict["state"].get(i, {}) for i in names), strict=False))
+        if len(names) == len(mine):  # else torch's own message is the better one
+            for p, buffers in mine.items():
+                for name in buffers:
+                    if name not in saved[p]:
+                        raise ValueError(
+                            f"the state_dict has no {name} for a parameter of shape {tuple(p.shape)}: it is another "
+                            "optimizer's, or one rank's share; save full_state_dict() or use torch.distributed.checkpoint"
+                        )
+        super().load_state_dict(state_dict)
+        for p, buffers in mine.items():
+            kept = {name: value for name, value in self.state[p].items() if not isinstance(value, Tensor)}
+            for name, buffer in buffers.items():
+                _copy_buffer(buffer, saved[p][name])
+            self.state[p] = kept | buffers
+
+    def full_state_dict(self) -> dict[str, Any]:
+        """The `state_dict` of the whole model, on every rank. A collective of the ranks that share the parameters."""
+        full = self.state_dict()
+        params = [(p, group) for group in self.param_groups for p in group["params"]]
+        for i, (p, group) in enumerate(params):
+            full["state"][i] = dict(full["state"][i])
+            for name in self._buffer_names(group):
+                buffer = self.state[p].get(name)
+                if isinstance(p, DTensor):
+                    buffer = buffer.full_tensor()
+                elif (ranks := self._group()) is not None:
+                    buffer = _buffer_like(p) if buffer is None else buffer.clone()
+                    dist.broadcast(buffer, dist.get_global_rank(ranks, self._owners[p]), group=ranks)
+                full["state"][i][name] = buffer
+        return full
+
+    # ---- the parts of a step ----------------------------------------------------------------------------------------
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's; ignored inside a pass that adds to the gradient of an earlier one."""
+        if not self._ignore_zero_grad:
+            super().zero_grad(set_to_none)
+
+    def _evaluate(self, closure: Closure) -> Any:
+        with torch.enable_grad():
+            return closure()
+
+    @torch.no_grad()
+    def _fold_gradients(self) -> None:
+        """Fold the gradients into the momenta that this rank owns; the update that they make is then pending."""
+        for group in self.param_groups:
+            states, gradients = [], []
+            for p in group["params"]:
+                state = self.state[p]
+                state["pending"] = self._takes_part(p)
+                state["steps"] += state["pending"]
+                if not state["pending"] or not self._owns(p):
+                    continue
+                gradient = _gradient(p, state["momentum_buffer"])
+                if group["norm"] == "adamw":
+                    _fold_adamw(state, gradient, group["betas"])
+                elif state["steps"] == 1:
+                    self._start(state, gradient)
+                else:
+                    states.append(state)
+                    gradients.append(gradient)
+            if states:
+                self._fold(group, states, gradients)
+            group["pending"] = True
+            for name in ("lr", "weight_decay", "radius"):
+                group[f"pending_{name}"] = float(group[name])
+
+    @torch.no_grad()
+    def _apply_update(self) -> None:
+        """Apply the pending update; a bucket's directions travel while the next one's are computed."""
+        if not self._has_pending():
+            return
+        moving = self._share_moving()
+        in_flight: deque[_Bucket] = deque()
+        for bucket in self._buckets():
+            bucket.launch(self)
+            in_flight.append(bucket)
+            if len(in_flight) > 1:
+                in_flight.popleft().finish(moving)
+        while in_flight:
+            in_flight.popleft().finish(moving)
+        self._count_update()
+
+    def _count_update(self) -> None:
+        for group in self.param_groups:
+            group["pending"] = False
+            group["updates"] += 1
+            for p in group["params"]:
+                self.state[p]["pending"] = False
+
+    def _has_pending(self) -> bool:
+        return any(group["pending"] for group in self.param_groups)
+
+    def _drop_gradients(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad = None
+
+    # ---- who does what ----------------------------------------------------------------------------------------------
+
+    def _group(self) -> dist.ProcessGroup | None:
+        """The ranks that share the work on replicated parameters; None for one process."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return None
+        group = self._process_group or dist.group.WORLD
+        return group if group.size() > 1 else None
+
+    def _assign_owners(self, group: dict[str, Any]) -> None:
+        matrices = group["norm"] in ("spectral", "auto")
+        ranks = self._group()
+        replicated = [p for p in group["params"] if not isinstance(p, DTensor)]
+        self._owners.assign(replicated, matrices, ranks.size() if ranks else 1, "replicated")
+        for p in group["params"]:
+            if isinstance(p, DTensor):
+                self._owners.assign([p], matrices, self._transport(p, group).size, p.device_mesh)
+
+    def _owns(self, p: Tensor) -> bool:
+        """Whether this rank keeps (its piece of) the momentum of p."""
+        ranks = self._group()
+        return isinstance(p, DTensor) or ranks is None or self._owners[p] == ranks.rank()
+
+    def _transport(self, p: Tensor, group: dict[str, Any]) -> Alone:
+        if isinstance(p, DTensor):
+            elementwise = group["norm"] in ("sign", "adamw")
+            split = any(isinstance(s, Shard) for s in p.placements)
+            return Sharded(p) if split and not elementwise else Alone()
+        ranks = self._group()
+        return Replicated(ranks) if ranks else Alone()
+
+    def _buckets(self) -> Iterator["_Bucket"]:
+        """The pending updates: spectral matrices of one shape (up to transposition) together, the rest one by one."""
+        for group in self.param_groups:
+            if not group["pending"]:
+                continue
+            buckets: dict[object, list[Tensor]] = {}
+            for p in group["params"]:
+                key: object = p
+                if isinstance(_norm(group, p), Spectral):
+                    rows, columns = p.shape[0], math.prod(p.shape[1:])
+                    if isinstance(p, DTensor):
+                        key = (p.shape, p.dtype, p.device_mesh, p.placements)
+                    else:
+                        key = (min(rows, columns), max(rows, columns), p.dtype, p.device)
+                buckets.setdefault(key, []).append(p)
+            for params in buckets.values():
+                yield _Bucket(group, params, self._transport(params[0], group))
+
+    def _share_moving(self) -> dict[Tensor, Tensor]:
+        """1 or 0 per parameter on the device: whether its owner moves it. Only where ranks could see that differently.
+
+        Owners send a zero direction for a parameter that stays, so only weight decay needs to know.
+        """
+        ranks = self._group()
+        if ranks is None:
+            return {}
+        if not self._layout_checked:
+            self._check_layout(ranks)
+        decaying = [p for group in self.param_groups if group["pending"] and group["pending_weight_decay"]
+                    for p in group["params"] if not isinstance(p, DTensor)]  # fmt: skip
+        if not decaying:
+            return {}
+        flags = [float(self._owns(p) and self.state[p]["pending"]) for p in decaying]
+        shared = torch.tensor(flags, dtype=torch.float32).to(decaying[0].device, non_blocking=True)
+        dist.all_reduce(shared, group=ranks)
+        return dict(zip(decaying, shared.unbind(), strict=True))
+
+    def _check_layout(self, ranks: dist.ProcessGroup) -> None:
+        """Once: ranks that share the work must hold the same parameters, or they would wait for each other forever."""
+        shapes = [(tuple(p.shape), str(p.dtype)) for g in self.param_groups for p in g["params"]
+                  if not isinstance(p, DTensor)]  # fmt: skip
+        layouts: list[object] = [None] * ranks.size()
+        dist.all_gather_object(layouts, shapes, group=ranks)
+        if any(layout != shapes for layout in layouts):
+            raise RuntimeError(
+                "the ranks of process_group hold different parameters; pass the group of the ranks that hold the same ones"
+            )
+        self._layout_checked = True
+
+
+class _Bucket:
+    """Parameters of one group whose directions are computed in one batched call and travel together."""
+
+    def __init__(self, group: dict[str, Any], params: list[Tensor], transport: Alone) -> None:
+        self.group, self.params, self.transport = group, params, transport
+
+    def launch(self, optimizer: Gluon) -> None:
+        """Compute the directions of the members that this rank owns and start their exchange."""
+        group, params, states = self.group, self.params, [optimizer.state[p] for p in self.params]
+        owners = [optimizer._owners[p] for p in params]
+        norm = _norm(group, params[0])
+        if norm is None:
+            directions = [
+                _adamw_direction(s, group) if s["pending"] and optimizer._owns(p) else None
+                for p, s in zip(params, states, strict=True)
+            ]
+        else:
+            sharded = isinstance(self.transport, Sharded)
+            inputs = [
+                optimizer._lmo_input(p, group) if optimizer._owns(p) and (sharded or s["pending"]) else None
+                for p, s in zip(params, states, strict=True)
+            ]
+            whole = self.transport.collect(inputs, owners)
+            directions = [m if s["pending"] else None for m, s in zip(whole, states, strict=True)]
+            if any(m is not None for m in directions):
+                _replace_by_directions(directions, norm)
+        self.transport.spread(directions, owners, params, _wire_dtype(params[0], norm))
+
+    @torch.no_grad()
+    def finish(self, moving: dict[Tensor, Tensor]) -> None:
+        """Wait for the directions and move the weights."""
+        group = self.group
+        step = group["pending_lr"] * group["pending_radius"]
+        decay = group["pending_lr"] * group["pending_weight_decay"]
+        alike: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
+        for p, direction in zip(self.params, self.transport.wait(), strict=True):
+            if direction is None:
+                continue
+            weights = local(p)
+            if decay:
+                weights.mul_(1 - decay * moving[p].double() if p in moving else 1 - decay)
+            norm = _norm(group, p)
+            targets, directions = alike.setdefault(norm.factor(p.shape) if norm else 1.0, ([], []))
+            targets.append(weights)
+            directions.append(direction.view(weights.shape) if direction.is_contiguous() else direction.reshape(weights.shape))
+        for factor, (targets, directions) in alike.items():
+            torch._foreach_add_(targets, directions, alpha=-step * factor)
+
+
+def average(momenta: list[Tensor], gradients: list[Tensor], beta: float, weight: float) -> None:
+    """M ← β M + weight·g for every pair, in place."""
+    if weight == 1 - beta:
+        torch._foreach_lerp_(momenta, gradients, weight)
+    else:
+        torch._foreach_mul_(momenta, beta)
+        torch._foreach_add_(momenta, gradients, alpha=weight)
+
+
+def _replace_by_directions(members: list[Tensor | None], norm: Norm) -> None:
+    """Replace each momentum of the list by its direction; matrices of one shape up to transposition in one call."""
+    present = [i for i, m in enumerate(members) if m is not None]
+    if not isinstance(norm, Spectral):
+        for i in present:
+            m = members[i]
+            members[i] = norm.direction(m.flatten(1) if m.ndim > 2 else m)
+        return
+    matrices = [members[i].flatten(1) for i in present]
+    wide = [m.mT if m.size(0) > m.size(1) else m for m in matrices]
+    stack = torch.empty((len(wide), *wide[0].shape), dtype=work_dtype(wide[0], norm.polar), device=wide[0].device)
+    torch._foreach_copy_(list(stack.unbind()), wide)
+    for i, m, direction in zip(present, matrices, norm.direction(stack).unbind(), strict=True):
+        members[i] = direction.mT if m.size(0) > m.size(1) else direction
+
+
+def _norm(group: dict[str, Any], p: Tensor) -> Norm | None:
+    return None if group["norm"] == "adamw" else get_norm(group["norm"], p.shape, group["scale"], group["polar"])
+
+
+def _wire_dtype(p: Tensor, norm: Norm | None) -> torch.dtype:
+    """Directions travel in the dtype that they are computed in."""
+    momentum = local(p).new_empty(0, dtype=_buffer_dtype(p))
+    return work_dtype(momentum, norm.polar) if isinstance(norm, Spectral) else momentum.dtype
+
+
+def _buffer_dtype(p: Tensor) -> torch.dtype:
+    return torch.promote_types(p.dtype, torch.float32)
+
+
+def _buffer_like(p: Tensor) -> Tensor:
+    return torch.zeros_like(p, dtype=_buffer_dtype(p), requires_grad=False)
+
+
+@torch.no_grad()
+def _copy_buffer(buffer: Tensor, value: Tensor) -> None:
+    """Copy a saved buffer into this one, whether either is whole or sharded."""
+    if isinstance(buffer, DTensor) and not isinstance(value, DTensor):
+        value = distribute_tensor(value.to(buffer.device), buffer.device_mesh, buffer.placements)
+    buffer.copy_(value)
+
+
+def _gradient(p: Tensor, buffer: Tensor) -> Tensor:
+    """This rank's gradient in the buffer's dtype; None counts as zero."""
+    if p.grad is None:
+        return torch.zeros_like(local(buffer))
+    if p.grad.is_sparse:
+        raise RuntimeError("sparse gradients are not supported: build the embedding with sparse=False")
+    return local(p.grad).to(buffer.dtype)
+
+
+def _fold_adamw(state: dict[str, Any], gradient: Tensor, betas: tuple[float, float]) -> None:
+    local(state["momentum_buffer"]).lerp_(gradient, 1 - betas[0])
+    local(state["exp_avg_sq"]).mul_(betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
+
+
+def _adamw_direction(state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+    """m̂ / (√v̂ + eps), bias-corrected (Loshchilov, Hutter, arXiv 1711.05101)."""
+    correction1, correction2 = (1 - beta ** state["steps"] for beta in group["betas"])
+    denominator = local(state["exp_avg_sq"]).sqrt().div_(math.sqrt(correction2)).add_(group["eps"])
+    return torch.div(local(state["momentum_buffer"]), denominator, out=denominator).div_(correction1)

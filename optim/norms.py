@@ -1,0 +1,216 @@
+"""Norm balls: the linear minimisation oracle (LMO), the norm, the dual norm and an initialisation of each.
+
+A weight W has shape (d_out, d_in); a convolution (o, i, k, …) is seen as (o, i·k…). Dimension factors: Scion (Pethick et
+al., "Training Deep Learning Models with Norm-Constrained LMOs", arXiv 2502.07529, table 3), so that one learning rate
+serves every width.
+
+Each norm is ‖W‖ = base(W) / factor, so that its unit ball is `factor` times the base ball:
+
+    lmo(M) = argmin over ‖Z‖ ≤ 1 of ⟨M, Z⟩ = -factor · direction(M)         ⟨M, lmo(M)⟩ = -dual_norm(M)
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from optim.polar import METHODS, polar
+
+SCALES = ("scion", "muon", "moonlight", "none")
+
+
+def spectral_factor(shape: torch.Size, scale: str) -> float:
+    """The size of the spectral update of a weight of this shape, by each of the rules in use.
+
+    scion: √(d_out/d_in), over k² for a k×k convolution. muon: √max(1, d_out/d_in) (Jordan 2024).
+    moonlight: 0.2·√max(d_out, d_in), which matches AdamW's update RMS (Liu et al., arXiv 2502.16982). none: 1.
+    """
+    d_out, d_in, kernel = shape[0], math.prod(shape[1:]), math.prod(shape[2:])
+    if scale == "scion":
+        return math.sqrt(d_out / shape[1]) / kernel
+    if scale == "muon":
+        return math.sqrt(max(1, d_out / d_in))
+    if scale == "moonlight":
+        return 0.2 * math.sqrt(max(d_out, d_in))
+    return 1.0
+
+
+class Norm:
+    """A norm ball for one parameter (or a stack of matrices, where `min_ndim` is 2: leading dimensions are a batch).
+
+    `scale` chooses the spectral norm's factor; the other norms know only Scion's ("none" makes every factor 1).
+    """
+
+    name: str
+    min_ndim = 0
+
+    def __init__(self, scale: str = "scion", polar: str = "polar_express") -> None:
+        if scale not in SCALES:
+            raise ValueError(f"scale must be one of {', '.join(SCALES)}, got {scale!r}")
+        if polar not in METHODS:
+            raise ValueError(f"polar must be one of {', '.join(METHODS)}, got {polar!r}")
+        self.scale, self.polar = scale, polar
+
+    def factor(self, shape: torch.Size) -> float:
+        """The dimension factor of a parameter of this shape."""
+        return 1.0 if self.scale == "none" else self._factor(shape)
+
+    def direction(self, m: Tensor) -> Tensor:
+        """The maximiser of ⟨M, Z⟩ over the base ball; zero for M = 0. A new tensor."""
+        raise NotImplementedError
+
+    def lmo(self, m: Tensor) -> Tensor:
+        """argmin over ‖Z‖ ≤ 1 of ⟨M, Z⟩, in M's shape and dtype; zero for M = 0. M is not modified."""
+        return self.direction(_matrix(m)).reshape(m.shape).to(m.dtype).mul_(-self.factor(m.shape))
+
+    def norm(self, w: Tensor) -> Tensor:
+        """‖W‖, a scalar."""
+        return self._base(_matrix(w)) / self.factor(w.shape)
+
+    def dual_norm(self, m: Tensor) -> Tensor:
+        """max over ‖Z‖ ≤ 1 of ⟨M, Z⟩, a scalar."""
+        return self._dual_base(_matrix(m)) * self.factor(m.shape)
+
+    @torch.no_grad()
+    def init(self, w: Tensor, radius: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
+        """Fill W in place with a random point of the sphere of this radius, and return it."""
+        gaussian = torch.empty(w.shape, dtype=torch.float32, device=w.device).normal_(generator=generator)
+        exact = type(self)(self.scale, "svd")
+        return w.copy_(exact.lmo(gaussian).mul_(-radius))
+
+    def _factor(self, shape: torch.Size) -> float:
+        return 1.0
+
+    def _base(self, w: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _dual_base(self, m: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+def _matrix(w: Tensor) -> Tensor:
+    return w.flatten(1) if w.ndim > 2 else w
+
+
+def _unit(m: Tensor, dim: tuple[int, ...] | int | None) -> Tensor:
+    """M over its Euclidean norm along `dim`; zero where that is zero."""
+    norm = torch.linalg.vector_norm(m, dim=dim, keepdim=True)
+    return torch.where(norm > 0, m / norm, 0)
+
+
+class Spectral(Norm):
+    """The largest singular value; the LMO is the polar factor (Muon)."""
+
+    name = "spectral"
+    min_ndim = 2
+
+    def direction(self, m: Tensor) -> Tensor:
+        return polar(m, self.polar)
+
+    def factor(self, shape: torch.Size) -> float:
+        return spectral_factor(shape, self.scale)
+
+    def _base(self, w: Tensor) -> Tensor:
+        return torch.linalg.matrix_norm(_float(w), 2)
+
+    def _dual_base(self, m: Tensor) -> Tensor:
+        return torch.linalg.matrix_norm(_float(m), "nuc")
+
+
+class Sign(Norm):
+    """The largest entry; the LMO is the sign (Scion's output and tied-embedding layers). A vector's d_in is 1."""
+
+    name = "sign"
+
+    def direction(self, m: Tensor) -> Tensor:
+        return m.sign()
+
+    def _factor(self, shape: torch.Size) -> float:
+        return 1 / math.prod(shape[1:])
+
+    def _base(self, w: Tensor) -> Tensor:
+        return w.abs().amax()
+
+    def _dual_base(self, m: Tensor) -> Tensor:
+        return m.abs().sum()
+
+
+class ColNorm(Norm):
+    """The longest column: every input feature (token of an embedding stored as (d_model, vocabulary)) has its own ball."""
+
+    name = "colnorm"
+    min_ndim = 2
+    _dim = -2
+
+    def direction(self, m: Tensor) -> Tensor:
+        return _unit(m, self._dim)
+
+    def _factor(self, shape: torch.Size) -> float:
+        return math.sqrt(shape[0])
+
+    def _base(self, w: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(w, dim=self._dim).amax()
+
+    def _dual_base(self, m: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(m, dim=self._dim).sum()
+
+
+class RowNorm(ColNorm):
+    """The longest row: every output feature (token of an embedding stored as (vocabulary, d_model)) has its own ball."""
+
+    name = "rownorm"
+    _dim = -1
+
+    def _factor(self, shape: torch.Size) -> float:
+        return 1 / math.sqrt(math.prod(shape[1:]))
+
+
+class Frobenius(Norm):
+    """The Euclidean norm of all entries; the LMO is normalised SGD."""
+
+    name = "frobenius"
+
+    def direction(self, m: Tensor) -> Tensor:
+        return _unit(m, None)
+
+    def _base(self, w: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(w)
+
+    def _dual_base(self, m: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(m)
+
+
+class RMS(Frobenius):
+    """The root mean square of all entries, for gains and biases."""
+
+    name = "rms"
+
+    def _factor(self, shape: torch.Size) -> float:
+        return math.sqrt(math.prod(shape))
+
+
+def _float(m: Tensor) -> Tensor:
+    """linalg has no bfloat16."""
+    return m.to(torch.promote_types(m.dtype, torch.float32))
+
+
+NORMS: dict[str, Callable[..., Norm]] = {n.name: n for n in (Spectral, Sign, ColNorm, RowNorm, Frobenius, RMS)}
+
+
+def get_norm(name: str, shape: torch.Size, scale: str = "scion", polar: str = "polar_express") -> Norm:
+    """The norm of this name for a parameter of this shape; `auto` is rms for vectors and scalars, else spectral.
+
+    Raises ValueError for an unknown name, and where the norm needs a matrix and the shape is none.
+    """
+    if name == "auto":
+        name = "spectral" if len(shape) >= 2 else "rms"
+    if name not in NORMS:
+        raise ValueError(f"norm must be one of {', '.join([*NORMS, 'adamw', 'auto'])}, got {name!r}")
+    norm = NORMS[name](scale, polar)
+    if len(shape) < norm.min_ndim:
+        raise ValueError(
+            f"norm={name!r} needs parameters of {norm.min_ndim} dimensions or more, got one of shape {tuple(shape)}: "
+            "put it into a group with norm='rms', 'sign' or 'adamw' (or 'auto', which chooses by shape)"
+        )
+    return norm

@@ -1,0 +1,79 @@
+"""The polar factor U Vᵀ of a matrix M = U S Vᵀ, for stacks of matrices.
+
+Two iterations of odd quintic polynomials, p(X) = aX + b(XXᵀ)X + c(XXᵀ)²X, which need nothing but batched products, and
+the SVD. The iterations push every singular value towards 1; five steps leave them within about 0.7…1.2
+(`newton_schulz`) or much nearer to 1 (`polar_express`), which is what these optimizers are known to train well with.
+"""
+
+import torch
+from torch import Tensor
+
+# One row (a, b, c) per iteration.
+COEFFICIENTS: dict[str, tuple[tuple[float, float, float], ...]] = {
+    # Amsel, Persson, Musco, Gower: "The Polar Express", arXiv 2505.16932, Algorithm 1: the optimal composition for
+    # singular values in [1e-3, 1]. `_SAFETY` is the paper's margin against rounding in bfloat16.
+    "polar_express": (
+        (8.28721201814563, -23.595886519098837, 17.300387312530933),
+        (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+        (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+        (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+        (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+    ),
+    # Jordan: "Muon: an optimizer for hidden layers", 2024: the slope at zero made as large as it goes.
+    "newton_schulz": ((3.4445, -4.7750, 2.0315),) * 5,
+}
+_SAFETY = {"polar_express": 1.01, "newton_schulz": 1.0}
+METHODS = (*COEFFICIENTS, "svd")
+
+
+def work_dtype(matrix: Tensor, method: str) -> torch.dtype:
+    """The dtype that the factor is computed in: float64 stays, CUDA multiplies in bfloat16, a CPU in float32."""
+    if matrix.dtype == torch.float64:
+        return torch.float64
+    return torch.bfloat16 if matrix.device.type == "cuda" and method != "svd" else torch.float32
+
+
+def polar(matrix: Tensor, method: str = "polar_express", steps: int | None = None) -> Tensor:
+    """The polar factor of each matrix of a stack (…, m, n); zero for a zero matrix. The input is not modified.
+
+    `steps` counts iterations (default 5; past the end of the table the last row repeats). The result is in
+    `work_dtype(matrix, method)`. `svd` is exact and leaves out directions whose singular value is zero to rounding.
+    Raises ValueError for an unknown method.
+    """
+    if method not in METHODS:
+        raise ValueError(f"polar must be one of {', '.join(METHODS)}, got {method!r}")
+    dtype = work_dtype(matrix, method)
+    if method == "svd":
+        return _polar_by_svd(matrix.to(dtype))
+    safety = _SAFETY[method]
+    rows = [(a / safety, b / safety**3, c / safety**5) for a, b, c in COEFFICIENTS[method]]
+    if steps is not None:
+        rows = (rows + [rows[-1]] * steps)[:steps]
+    tall = matrix.size(-2) > matrix.size(-1)
+    x = matrix.mT if tall else matrix
+    shape = x.shape
+    x = x.reshape(-1, *shape[-2:])
+    # ‖X‖_F bounds every singular value. The norm is taken before the cast, so that tiny gradients keep their direction.
+    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    x = torch.mul(x, torch.where(norm > 0, 1 / (norm * safety), 0)).to(dtype)
+    x = _iterate(x, rows).view(shape)
+    return x.mT if tall else x
+
+
+def _iterate(x: Tensor, rows: list[tuple[float, float, float]]) -> Tensor:
+    """Apply the polynomials to a wide stack (n, m, k), m ≤ k, which is overwritten; four buffers, reused."""
+    gram = x.new_empty(x.size(0), x.size(1), x.size(1))
+    poly = torch.empty_like(gram)
+    out = torch.empty_like(x)
+    for a, b, c in rows:
+        torch.bmm(x, x.mT, out=gram)
+        torch.baddbmm(gram, gram, gram, beta=b, alpha=c, out=poly)
+        torch.baddbmm(x, poly, x, beta=a, out=out)
+        x, out = out, x
+    return x
+
+
+def _polar_by_svd(matrix: Tensor) -> Tensor:
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    floor = s[..., :1] * max(matrix.shape[-2:]) * torch.finfo(s.dtype).eps
+    return (u * (s > floor).unsqueeze(-2)) @ vh
