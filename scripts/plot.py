@@ -1,0 +1,210 @@
+"""Draw the validation loss of any number of runs against updates, gradient evaluations and seconds, side by side.
+
+    python scripts/plot.py results/gluon_b512 results/mvr2_b512 --out results/curves.png
+
+A method that takes two gradients per update looks good against updates alone, so that all three are shown. The same
+numbers are printed as a table.
+"""
+
+import argparse
+import json
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from training.errors import UserError
+
+AXES = {"update": "Updates", "passes": "Gradient evaluations", "seconds": "Seconds"}
+# Okabe and Ito's colours, told apart by colour-blind readers too (without yellow, which is too pale for a line).
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+STYLES = ("-", "--", ":", "-.")
+INK, GRID = "#333333", "#E6E6E6"
+
+
+@dataclass
+class Run:
+    """The validations of a run, in order."""
+
+    name: str
+    update: list[float]
+    passes: list[float]
+    seconds: list[float]
+    val_loss: list[float]
+
+
+def read_run(folder: Path) -> Run:
+    """The validations in a run's metrics.jsonl. A last line that was cut short is left out."""
+    path = folder / "metrics.jsonl"
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; give the folder of a run, such as results/run") from None
+    found = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            if number == len(lines):
+                break
+            raise UserError(f"{path}, line {number} is not JSON; the file is damaged") from None
+        if not isinstance(record, dict):
+            raise UserError(f"{path}, line {number} is not an object; the file is damaged")
+        if "val_loss" in record:
+            values = [_number(record.get(key)) for key in (*AXES, "val_loss")]
+            if not all(map(math.isfinite, values[:-1])):
+                raise UserError(f"{path}, line {number} has a val_loss but not all of {', '.join(AXES)} as numbers")
+            found[values[0]] = values
+    if not any(math.isfinite(values[-1]) for values in found.values()):
+        raise UserError(f"{path} has no finite val_loss yet; leave this run out until its first validation")
+    return Run(_name(folder), *map(list, zip(*(found[update] for update in sorted(found)), strict=True)))
+
+
+def _number(value: object) -> float:
+    try:
+        return float(value) if isinstance(value, (int, float)) else math.nan
+    except OverflowError:
+        return math.nan
+
+
+def _name(folder: Path) -> str:
+    """The run's name: config.json's, else the folder's."""
+    try:
+        name = json.loads((folder / "config.json").read_bytes())["run_name"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        name = None
+    return name if isinstance(name, str) and name.strip() else folder.resolve().name
+
+
+def y_limits(runs: list[Run]) -> tuple[float, float]:
+    """Limits that show the end of the curves: their first fifth, and a run that diverges, may leave at the top."""
+    low = min(loss for run in runs for loss in run.val_loss if math.isfinite(loss))
+    tops = [max(_tail(run)) for run in runs]
+    span = min(tops) - low
+    high = min(max(tops), low + 3 * span) if span > 0 else max(tops)
+    margin = 0.06 * (high - low) or 0.05 * abs(low) or 1.0
+    return low - margin, high + margin
+
+
+def _tail(run: Run) -> list[float]:
+    """The finite losses but for the first fifth of the run, or all where these are all there are."""
+    finite = [pair for pair in zip(run.update, run.val_loss, strict=True) if math.isfinite(pair[1])]
+    return [loss for update, loss in finite if update >= run.update[-1] / 5] or [loss for _, loss in finite]
+
+
+def last(run: Run) -> float:
+    """The last finite validation loss."""
+    return next(loss for loss in reversed(run.val_loss) if math.isfinite(loss))
+
+
+def draw(runs: list[Run], out: Path, title: str) -> None:
+    """Write the picture."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("matplotlib is not installed; install it with: python -m pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    look = {
+        "font.size": 10.5,
+        "text.color": INK,
+        "text.parse_math": False,
+        "axes.labelcolor": INK,
+        "axes.edgecolor": "#999999",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "grid.color": GRID,
+        "xtick.color": INK,
+        "ytick.color": INK,
+    }
+    with plt.rc_context(look):
+        figure, panels = plt.subplots(1, 3, figsize=(13, 4.8), sharey=True, layout="constrained")
+        for panel, (key, label) in zip(panels, AXES.items(), strict=True):
+            for i, run in enumerate(runs):
+                x = getattr(run, key)
+                colour, style = COLOURS[i % len(COLOURS)], STYLES[i // len(COLOURS) % len(STYLES)]
+                panel.plot(
+                    x,
+                    run.val_loss,
+                    style,
+                    color=colour,
+                    linewidth=1.8,
+                    marker="o" if len(x) <= 40 else None,
+                    markersize=3.5,
+                    markeredgewidth=0,
+                    label=f" {run.name}  ({last(run):.3f})",  # a leading underscore would hide it
+                )
+                panel.plot(x[-1:], run.val_loss[-1:], "o", color=colour, markersize=6, markeredgecolor="white")
+            panel.set_xlabel(label, labelpad=6)
+            panel.set_xlim(left=0)
+            panel.margins(x=0.03)
+            panel.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(6, integer=key != "seconds"))
+            panel.xaxis.set_major_formatter(lambda x, _: f"{x:,.6g}")
+            panel.tick_params(length=0)
+        panels[0].set_ylabel("Validation loss", labelpad=6)
+        panels[0].set_ylim(*y_limits(runs))
+        figure.suptitle(title, fontsize=14, fontweight="bold")
+        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
+        lines, labels = panels[0].get_legend_handles_labels()
+        columns = max(1, min(len(runs), 140 // (max(map(len, labels)) + 6)))
+        figure.legend(lines, labels, loc="outside lower center", ncols=columns, frameon=False)
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            figure.savefig(out, dpi=160)
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot write {out}: {getattr(error, 'strerror', None) or error}") from None
+        finally:
+            plt.close(figure)
+
+
+def table(runs: list[Run]) -> str:
+    """Each run's last validation, aligned."""
+    rows = [("run", "val loss", "updates", "gradients", "seconds")]
+    rows += [
+        (run.name, f"{last(run):.4f}", f"{run.update[-1]:,.0f}", f"{run.passes[-1]:,.0f}", f"{run.seconds[-1]:,.1f}")
+        for run in runs
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    )
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help says more")
+
+
+def main(argv: list[str]) -> None:
+    """Read, print, draw."""
+    parser = _Parser(prog="plot.py", description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="folder with a metrics.jsonl")
+    parser.add_argument("--out", type=Path, default=Path("results/curves.png"), help="picture (default: %(default)s)")
+    parser.add_argument("--title", default="Validation loss", help="heading (default: %(default)s)")
+    arguments = parser.parse_args(argv)
+    if arguments.out.suffix not in (".png", ".pdf", ".svg"):
+        raise UserError(f"--out {arguments.out} must be a file that ends in .png, .pdf or .svg")
+    runs = [read_run(folder) for folder in arguments.runs]
+    names = [run.name for run in runs]
+    for run, folder in zip(runs, arguments.runs, strict=True):
+        if names.count(run.name) > 1:
+            run.name = str(folder)
+    draw(runs, arguments.out, arguments.title)
+    print(table(runs))
+    print(f"\n{arguments.out}")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        print(f"plot.py: {error}", file=sys.stderr)
+        sys.exit(2)
