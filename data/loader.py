@@ -6,6 +6,7 @@ import bisect
 import queue
 import threading
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -54,17 +55,20 @@ class TokenStream:
 class _Prefetch:
     """One batch that the background thread is asked for: a (2, rows, seq_len) host tensor, or what went wrong."""
 
-    def __init__(self, loader: BatchLoader, step: int) -> None:
-        self.loader, self.step = loader, step
+    def __init__(self, assemble: Callable[[int], Tensor], step: int) -> None:
+        self.step = step
+        self.assemble: Callable[[int], Tensor] | None = assemble
         self.done = threading.Event()
         self.host: Tensor | None = None
         self.error: BaseException | None = None
 
     def run(self) -> None:
+        assert self.assemble is not None
         try:
-            self.host = self.loader._assemble(self.step)
+            self.host = self.assemble(self.step)
         except BaseException as error:
             self.error = error
+        self.assemble = None  # no cycle, so that a loader that is forgotten goes at once, and its thread with it
         self.done.set()
 
     def result(self) -> Tensor:
@@ -148,7 +152,7 @@ class BatchLoader:
         else:
             host = request.result()
         if step + 1 < self.steps:
-            self._next = _Prefetch(self, step + 1)
+            self._next = _Prefetch(self._assemble, step + 1)
             self._requests.put(self._next)
         # The pinned buffer is a fresh one each time. After a non_blocking copy torch's pinned-memory allocator gives it
         # out again only when the copy is over, so dropping it here, with the copy still in flight, is safe.

@@ -7,10 +7,13 @@ UTF-8 bytes as they are and 256 as the end of text, a vocabulary of 257 for smal
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import errno
 import hashlib
+import json
 import os
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -21,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from data.shards import Manifest, ShardWriter, list_shards, sync_directory, write_manifest
+from data.shards import Manifest, Progress, ShardWriter, list_shards, run_main, sync_directory, write_manifest
 from training.errors import UserError
 
 ENCODINGS = ("gpt2", "bytes")
@@ -117,7 +120,7 @@ def _downloaded_gpt2() -> Any:
     return result[0]
 
 
-def in_val_by_hash(val_fraction: float, seed: int) -> Callable[[int, str], bool]:
+def _in_val_by_hash(val_fraction: float, seed: int) -> Callable[[int, str], bool]:
     """Puts a document into the validation split by its text, so that equal documents never stand on both sides."""
 
     def in_val(_: int, text: str) -> bool:
@@ -131,19 +134,25 @@ def tokenize_documents(
     documents: Iterable[str],
     out_dir: Path | str,
     encoding: str = "gpt2",
+    val_fraction: float = 0.01,
     *,
-    in_val: Callable[[int, str], bool],
+    seed: int = 0,
+    in_val: Callable[[int, str], bool] | None = None,
     prefix: str = "text",
     shard_tokens: int = 100_000_000,
     source: str = "",
     licence: str = "",
     overwrite: bool = False,
 ) -> Manifest:
-    """Write the documents' tokens as train and val shards with a manifest; `in_val(number, text)` chooses the split.
+    """Write the documents' tokens as train and val shards with a manifest.
 
-    Shards that are there already stay as they are until the new ones are whole.
+    About `val_fraction` of the documents go into the validation split, chosen by a hash of the text and the seed, or
+    those for which `in_val(number, text)` is true. Shards that are there already stay until the new ones are whole.
     """
     out_dir = Path(out_dir)
+    if not 0 < val_fraction < 1:
+        raise UserError(f"the validation fraction must be between 0 and 1, not {val_fraction}")
+    in_val = in_val or _in_val_by_hash(val_fraction, seed)
     encoder = load_encoder(encoding)
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
@@ -157,8 +166,8 @@ def tokenize_documents(
                 writer.close()
                 if not writer.tokens:
                     raise UserError(
-                        f"none of the {count} documents went into the {split} split, which is chosen by document; "
-                        "give more files or documents, or change --val-fraction or --seed"
+                        f"the {split} split, chosen by document, got none of the {count} documents; give more documents "
+                        "(a .txt file is one), or change --val-fraction or --seed"
                     )
             files = writers["train"].files | writers["val"].files
             manifest = Manifest(encoder.name, encoder.vocab_size, source, licence, files)
@@ -208,3 +217,138 @@ def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
             batch, characters = [], 0
     if batch:
         yield batch
+
+
+# ---- reading files
+
+
+def find_files(paths: Iterable[Path]) -> list[Path]:
+    """The text files among the paths and in the directories among them, each once."""
+    found: dict[Path, None] = {}
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(file for file in path.rglob("*") if file.suffix in TEXT_SUFFIXES and file.is_file())
+            if not inside:
+                raise UserError(f"{path}: holds no {', '.join(TEXT_SUFFIXES)} files")
+            found.update(dict.fromkeys(inside))
+        elif not path.exists():
+            raise UserError(f"{path}: no such file")
+        elif path.suffix not in TEXT_SUFFIXES:
+            raise UserError(f"{path}: is none of {', '.join(TEXT_SUFFIXES)}; rename or convert it")
+        else:
+            found[path] = None
+    return list(found)
+
+
+def read_documents(files: Iterable[Path], field: str, progress: Progress) -> Iterator[str]:
+    """The documents of the files, in their order; a `UserError` names the file and line of one that is no good."""
+    readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
+    for path in files:
+        try:
+            for place, text in readers[path.suffix](path, field, progress):
+                if not text.strip():
+                    raise UserError(f"{place}: an empty document; remove it")
+                yield text
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def _decode(raw: bytes, path: Path, first_line: int) -> str:
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = first_line + raw.count(b"\n", 0, error.start)
+        raise UserError(f"{path}:{line}: not UTF-8 ({error.reason}); convert the file to UTF-8") from None
+
+
+def _read_txt(path: Path, _: str, progress: Progress) -> Iterator[tuple[str, str]]:
+    raw = path.read_bytes()
+    yield f"{path}:1", _decode(raw, path, 1)
+    progress(len(raw))
+
+
+def _read_jsonl(path: Path, field: str, progress: Progress) -> Iterator[tuple[str, str]]:
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, start=1):
+            place = f"{path}:{number}"
+            line = _decode(raw, path, number)
+            if not line.strip():
+                raise UserError(f"{place}: an empty line; remove it")
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{place}: not JSON ({str(error)[:80]})") from None
+            text = record.get(field) if isinstance(record, dict) else None
+            if not isinstance(text, str):
+                raise UserError(f"{place}: no text in a field {field!r}; name the field with --field")
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                raise UserError(f"{place}: half a surrogate pair, which is no character; repair the line") from None
+            yield place, text
+            progress(len(raw))
+
+
+def _read_parquet(path: Path, field: str, progress: Progress) -> Iterator[tuple[str, str]]:
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        raise UserError(f"{path}: reading .parquet needs pyarrow: pip install pyarrow") from None
+    row = 0
+    try:
+        with ParquetFile(path) as file:
+            if field not in file.schema_arrow.names:
+                raise UserError(f"{path}: has no column {field!r}; name one of {file.schema_arrow.names} with --field")
+            kind = str(file.schema_arrow.field(field).type)
+            if kind not in ("string", "large_string", "string_view"):
+                raise UserError(f"{path}: its column {field!r} holds {kind}, not text; name another with --field")
+            for batch in file.iter_batches(batch_size=256, columns=[field]):
+                for value in batch.column(0):
+                    row += 1
+                    text = value.as_py()
+                    if text is None:
+                        raise UserError(f"{path}: row {row}: no text; remove it")
+                    yield f"{path}: row {row}", text
+                progress(path.stat().st_size * len(batch) // max(1, file.metadata.num_rows))
+    except (ArrowException, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(f"{path}: after row {row}: not a readable parquet file ({reason})") from None
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m data.tokenize_text", description="Turn text into token shards.")
+    parser.add_argument("files", nargs="+", type=Path, help=f"{', '.join(TEXT_SUFFIXES)} files, or directories of them")
+    parser.add_argument("--out", type=Path, required=True, help="the directory for the shards")
+    parser.add_argument("--encoding", choices=ENCODINGS, default="gpt2", help="default: %(default)s")
+    parser.add_argument("--field", default="text", help="of .jsonl and .parquet, default: %(default)s")
+    parser.add_argument("--val-fraction", type=float, default=0.01, help="of the documents, default: %(default)s")
+    parser.add_argument("--shard-tokens", type=int, default=100_000_000, help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of the validation documents")
+    parser.add_argument("--overwrite", action="store_true", help="replace the shards that --out holds")
+    options = parser.parse_args(arguments)
+    files = find_files(options.files)
+    from tqdm import tqdm
+
+    total = sum(path.stat().st_size for path in files)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="tokenize", disable=not sys.stderr.isatty()) as bar:
+        manifest = tokenize_documents(
+            read_documents(files, options.field, bar.update),
+            options.out,
+            options.encoding,
+            options.val_fraction,
+            seed=options.seed,
+            shard_tokens=options.shard_tokens,
+            source=f"{len(files)} files: {', '.join(path.name for path in files[:8])}{', …' * (len(files) > 8)}",
+            licence="that of the files",
+            overwrite=options.overwrite,
+        )
+    for split in ("train", "val"):
+        shards = [info for name, info in manifest.files.items() if f"_{split}_" in name]
+        print(f"{split}: {sum(info.tokens for info in shards):,} tokens in {len(shards)} shards")
+    print(f"{manifest.encoding}, vocabulary {manifest.vocab_size}, in {options.out}")
+
+
+if __name__ == "__main__":
+    run_main(main)
