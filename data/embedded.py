@@ -29,12 +29,17 @@ def prepare(data_dir: Path | str, encoding: str = "bytes") -> Path:
     from filelock import FileLock
 
     data_dir = Path(data_dir)
-    speeches = _speeches()
+
+    def missing() -> bool:
+        return not data_dir.exists() or (data_dir.is_dir() and not any(data_dir.iterdir()))
+
     try:
-        data_dir.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(data_dir.parent / f".{data_dir.name}.lock"):
-            if not data_dir.is_dir() or not any(data_dir.iterdir()):
-                _build(data_dir, speeches, encoding)
+        if missing():
+            speeches = _speeches()
+            data_dir.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(data_dir.parent / f".{data_dir.name}.lock"):
+                if missing():  # still, now that no other process is building it
+                    _build(data_dir, speeches, encoding)
     except OSError as error:
         raise UserError(f"{data_dir}: cannot be made ({error.strerror or error})") from None
     for split in ("train", "val"):
