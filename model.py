@@ -1,0 +1,178 @@
+"""The GPT of Scion's and Gluon's NanoGPT experiments: 124M parameters, no biases, no parameters in its norms.
+
+Rotary positions, RMS-normalised queries and keys, squared ReLU, tied embedding and head. Shapes in names: B sequences, T
+tokens, D width, H heads, V vocabulary.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """Sizes of a GPT. `seq_len` is the longest sequence; d_model must be a multiple of 2·n_head."""
+
+    vocab_size: int = 50304
+    n_layer: int = 12
+    n_head: int = 6
+    d_model: int = 768
+    seq_len: int = 1024
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    """x over its root mean square along the last dimension."""
+    return F.rms_norm(x, (x.size(-1),))
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions on normalised queries and keys."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.n_head = config.n_head
+        self.q = nn.Linear(config.d_model, config.d_model, bias=False)
+        self.k = nn.Linear(config.d_model, config.d_model, bias=False)
+        self.v = nn.Linear(config.d_model, config.d_model, bias=False)
+        self.o = nn.Linear(config.d_model, config.d_model, bias=False)
+
+    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        B, T, D = x_BTD.shape
+        q, k, v = (
+            linear(x_BTD).view(B, T, self.n_head, D // self.n_head).transpose(1, 2) for linear in (self.q, self.k, self.v)
+        )
+        q, k = rotate(rms_norm(q), cos, sin), rotate(rms_norm(k), cos, sin)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.o(y.transpose(1, 2).reshape(B, T, D))
+
+
+class MLP(nn.Module):
+    """Two layers, four times wider between them, with (√2·relu)², which keeps the variance of a normal input."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.fc = nn.Linear(config.d_model, 4 * config.d_model, bias=False)
+        self.proj = nn.Linear(4 * config.d_model, config.d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(2 * F.relu(self.fc(x)).square())
+
+
+class Block(nn.Module):
+    """Attention and MLP, each on a normalised input and added to the residual stream."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.attention = Attention(config)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x + self.attention(rms_norm(x), cos, sin)
+        return x + self.mlp(rms_norm(x))
+
+
+class GPT(nn.Module):
+    """`model(idx, targets)`, both (B, T) int64, is the mean cross-entropy; without targets, the logits (B, T, V)."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        if config.d_model % (2 * config.n_head):
+            raise ValueError(f"d_model must be a multiple of 2·n_head = {2 * config.n_head}, got {config.d_model}")
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        cos, sin = rotary_table(config.seq_len, config.d_model // config.n_head)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Uniform in ±1/√d_in; the output projections zero, so that every block starts as the identity."""
+        for weight in self.parameters():
+            bound = 1 / math.sqrt(weight.size(1))
+            weight.uniform_(-bound, bound)
+        for block in self.blocks:
+            block.attention.o.weight.zero_()
+            block.mlp.proj.weight.zero_()
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Mean cross-entropy, at least float32, over all (B, T) int64 targets; logits (B, T, V) without targets."""
+        T = idx.size(1)
+        if self.cos.size(0) < T:
+            raise ValueError(f"the model takes at most {self.cos.size(0)} tokens, got {T}")
+        cos, sin = self.cos[:T], self.sin[:T]
+        x = self.embedding(idx)
+        for block in self.blocks:
+            x = block(x, cos, sin)
+        x = rms_norm(x)
+        if targets is None:
+            logits = F.linear(x, self.embedding.weight)
+            return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return linear_cross_entropy(x.flatten(0, 1), self.embedding.weight, targets.flatten())
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """Forward and backward: 6 per parameter and 12·L·D·T for attention (PaLM, appendix B)."""
+        parameters = sum(p.numel() for p in self.parameters())
+        return 6 * parameters + 12 * self.config.n_layer * self.config.d_model * seq_len
+
+
+def rotary_table(length: int, dim: int, base: float = 10000.0) -> tuple[Tensor, Tensor]:
+    """cos and sin (length, dim/2) of position times frequency."""
+    frequency = base ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    angle = torch.outer(torch.arange(length, dtype=torch.float64), frequency)
+    return angle.cos().float(), angle.sin().float()
+
+
+def rotate(x_BHTd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs (x_i, x_{i+d/2}) by their position's angles."""
+    a, b = x_BHTd.chunk(2, dim=-1)
+    return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1).type_as(x_BHTd)
+
+
+def linear_cross_entropy(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
+    """Mean cross-entropy of the logits x·Wᵀ, a chunk of rows at a time, so that all N·V logits never exist at once."""
+    dtype = x_ND.dtype
+    if torch.is_autocast_enabled(x_ND.device.type):
+        dtype = torch.get_autocast_dtype(x_ND.device.type)
+    with torch.autocast(x_ND.device.type, enabled=False):
+        return _LinearCrossEntropy.apply(x_ND.to(dtype), weight_VD.to(dtype), targets_N, torch.is_grad_enabled())
+
+
+# The most logits of a chunk: half a GiB of float32 where memory is plenty, and what a CPU's allocator reuses (a larger
+# block is fresh memory every time, which is slow to fault in).
+_CHUNK = {"cuda": 1 << 27, "cpu": 1 << 22}
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """The gradients are made in the forward pass, while a chunk's logits are there: nothing is computed twice."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, needs_gradient: bool) -> Tensor:  # noqa: ANN001
+        rows = max(1, _CHUNK.get(x.device.type, 1 << 24) // weight.size(0))
+        wide = torch.promote_types(x.dtype, torch.float32)
+        loss = torch.zeros((), dtype=wide, device=x.device)
+        grad_x = torch.empty_like(x) if needs_gradient else None
+        grad_weight = torch.zeros_like(weight, dtype=wide) if needs_gradient else None
+        for start in range(0, x.size(0), rows):
+            x_c, target_c = x[start : start + rows], targets[start : start + rows].unsqueeze(1)
+            logits = (x_c @ weight.T).to(wide)
+            log_z = logits.logsumexp(dim=1, keepdim=True)
+            loss += (log_z - logits.gather(1, target_c)).sum()
+            if needs_gradient:
+                error = (logits - log_z).exp_()
+                error.scatter_add_(1, target_c, torch.full_like(log_z, -1.0))
+                error = error.div_(x.size(0)).to(x.dtype)
+                grad_x[start : start + rows] = error @ weight
+                grad_weight += error.T @ x_c
+        if needs_gradient:
+            ctx.save_for_backward(grad_x, grad_weight)
+        return loss / x.size(0)
+
+    @staticmethod
+    def backward(ctx, grad_loss: Tensor) -> tuple[Tensor, Tensor, None, None]:  # noqa: ANN001
+        grad_x, grad_weight = ctx.saved_tensors
+        return grad_x * grad_loss.to(grad_x.dtype), (grad_weight * grad_loss).to(grad_x.dtype), None, None

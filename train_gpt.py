@@ -1,0 +1,236 @@
+"""Train a GPT with Gluon, Gluon-MVR-1, -2, -3 or AdamW.
+
+    python train_gpt.py --config configs/quickstart_mvr1.py                              one device, CUDA or CPU
+    torchrun --nproc_per_node=8 train_gpt.py --config configs/mvr1_b512.py               eight GPUs
+    python train_gpt.py --help                                                           every option
+
+This file is the outline of a run: data, model, optimizer, schedule, the loop. `training/` holds what an author of an
+algorithm may skip.
+"""
+
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+from training.config import Config, load_config
+from training.errors import UserError, one_line_errors
+
+if __name__ == "__main__":  # a mistake in the options is told before torch takes its seconds to load
+    with one_line_errors("train_gpt"):
+        CONFIG = load_config(sys.argv[1:])
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from data import embedded
+from data.loader import BatchLoader, TokenStream
+from data.shards import list_shards
+from model import GPT, GPTConfig
+from optim import Gluon, GluonMVR1, GluonMVR2, GluonMVR3
+from training import checkpoint
+from training.checkpoint import Checkpointer
+from training.metrics import Clock, Metrics, Progress
+from training.ranks import Ranks, StopSignal
+from training.run_folder import prepare_run
+
+OPTIMIZERS = {"gluon": Gluon, "mvr1": GluonMVR1, "mvr2": GluonMVR2, "mvr3": GluonMVR3, "adamw": Gluon}
+
+
+def build_optimizer(model: GPT, config: Config) -> Gluon:
+    """Matrices of the blocks in one norm ball, the tied embedding in another; every parameter exactly once."""
+    norms = ("adamw", "adamw") if config.optimizer == "adamw" else (config.block_norm, config.embed_norm)
+    groups = [
+        {"params": list(model.blocks.parameters()), "norm": norms[0], "radius": config.block_radius},
+        {"params": [model.embedding.weight], "norm": norms[1], "radius": config.embed_radius},
+    ]
+    assert sorted(id(p) for g in groups for p in g["params"]) == sorted(id(p) for p in model.parameters())
+    for group in groups:
+        if group["norm"] == "adamw":  # its learning rate is lr itself
+            group["radius"] = 1.0
+    options = {}
+    if config.optimizer in ("mvr1", "mvr2", "mvr3"):
+        options["gamma"] = config.gamma
+    if config.optimizer == "mvr2":
+        options["inner"] = config.inner or None
+    return OPTIMIZERS[config.optimizer](
+        groups, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, scale=config.scale,
+        polar=config.polar, betas=(config.beta1, config.beta2), eps=config.eps, **options,
+    )  # fmt: skip
+
+
+def schedule(config: Config, step: int) -> tuple[float, float]:
+    """(lr, momentum) of a step. The theory's are those of the papers' decreasing step sizes, without warm-up."""
+    if config.schedule == "theory":
+        if config.optimizer in ("gluon", "adamw"):
+            return config.lr * (step + 1) ** -0.75, 1 - (step + 1) ** -0.5
+        return config.lr * (step + 1) ** (-2 / 3), 1 - (step + 1) ** (-2 / 3)
+    lr = config.lr * min(1.0, (step + 1) / (config.warmup_steps + 1))
+    if config.schedule == "linear" and config.warmdown_steps:
+        lr = min(lr, config.lr * (config.steps - step) / min(config.warmdown_steps, config.steps))
+    return lr, config.momentum
+
+
+@torch.no_grad()
+def validate(model: nn.Module, stream: TokenStream, config: Config, ranks: Ranks, autocast: torch.autocast) -> float:
+    """Mean loss over the first `val_tokens` tokens of the validation split, shared among the ranks."""
+    sequences, most = config.val_tokens // config.seq_len, config.micro_batch_size
+    total = torch.zeros((), dtype=torch.float64, device=ranks.device)
+    for start in range(ranks.rank * most, sequences, ranks.size * most):
+        rows = range(start, min(start + most, sequences))
+        tokens = torch.stack([torch.from_numpy(stream.read(j * config.seq_len, (j + 1) * config.seq_len + 1)) for j in rows])
+        tokens = tokens.to(ranks.device, torch.int64)
+        with autocast:
+            total += model(tokens[:, :-1], tokens[:, 1:]).double() * len(rows)
+    return (ranks.total(total) / sequences).item()
+
+
+def train(config: Config) -> None:
+    """One run, from its config to its last checkpoint."""
+    ranks = Ranks.start(config.device)
+    device = ranks.device
+    on_cuda = device.type == "cuda"
+    torch.manual_seed(config.seed)
+    torch.use_deterministic_algorithms(config.deterministic)
+
+    # Data: the same global stream of batches for every world size.
+    if config.text and not list_shards(config.data_dir):
+        ranks.agree(lambda: str(embedded.prepare(config.data_dir)))
+    val_stream = TokenStream(config.data_dir, "val")
+    loader = BatchLoader(
+        TokenStream(config.data_dir, "train"), batch_size=config.batch_size, seq_len=config.seq_len, rank=ranks.rank,
+        world_size=ranks.size, device=device, vocab_size=config.vocab_size,
+        shuffle_seed=config.seed if config.shuffle else None,
+    )  # fmt: skip
+    check_tokens(config, loader, val_stream)
+    rows = config.batch_size // ranks.size
+    micro = max(m for m in range(1, min(rows, config.micro_batch_size) + 1) if rows % m == 0)
+    accumulation = rows // micro
+
+    # Model and optimizer. `model` keeps the names, `net` is what runs: compiled, and reducing gradients over the ranks.
+    dtype = config.dtype if config.dtype != "auto" else "bfloat16" if on_cuda else "float32"
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+    model = GPT(GPTConfig(config.vocab_size, config.n_layer, config.n_head, config.d_model, config.seq_len))
+    model.to(device, torch.float64 if dtype == "float64" else torch.float32)
+    net: nn.Module = model
+    if config.compile == "on" or (config.compile == "auto" and on_cuda):
+        net = torch.compile(net)
+    if ranks.size > 1:
+        net = DistributedDataParallel(net, gradient_as_bucket_view=True)
+    optimizer = build_optimizer(model, config)
+
+    # Where to start, and where to write.
+    run_dir = Path(config.results_dir) / config.run_name
+    source, state = ranks.agree(lambda: prepare_run(run_dir, config))
+    start, passes, seconds, metrics_bytes = 0, 0, 0.0, 0
+    if source is not None:
+        checkpoint.load(source, state, model, optimizer)
+        start, passes, seconds, metrics_bytes = (state[key] for key in ("step", "passes", "seconds", "metrics_bytes"))
+    checkpoints = Checkpointer(run_dir, ranks, config.keep_checkpoints)
+    metrics = Metrics(run_dir, config, ranks.first, metrics_bytes)
+    stop = StopSignal(ranks)
+    clock = Clock(seconds)
+    progress = Progress(config, ranks, start, model.flops_per_token(config.seq_len))
+    first_pass, first_second = passes, seconds
+    progress.say(
+        f"{config.run_name}: {sum(p.numel() for p in model.parameters()):,} parameters, {config.optimizer}, {dtype} on "
+        f"{ranks.size} × {torch.cuda.get_device_name(device) if on_cuda else device.type}\n"
+        f"{config.batch_size} sequences of {config.seq_len} tokens a step = {ranks.size} ranks × {accumulation} micro-batches "
+        f"× {micro} sequences; steps {start} to {config.steps}" + (f", from {source}" if source else "")
+    )
+
+    def record(update: int, **losses: float) -> None:
+        for name, loss in losses.items():
+            if not loss < float("inf"):
+                raise UserError(f"{name} is {loss} at update {update}: lower --lr, or go on from a checkpoint with --resume")
+        metrics.write(
+            update=update, tokens=update * config.batch_size * config.seq_len, passes=passes,
+            seconds=round(clock.seconds, 3), **losses,
+        )  # fmt: skip
+        progress.show(update, passes - first_pass, clock.seconds - first_second, **losses)
+
+    def evaluate() -> None:
+        clock.stop()
+        ranks.check_identical(model)
+        record(optimizer.updates, val_loss=validate(net, val_stream, config, ranks, autocast))
+        clock.start()
+
+    def save(step: int) -> None:
+        position = {"passes": passes, "seconds": clock.seconds, "metrics_bytes": metrics.durable_bytes()}
+        checkpoints.save(step, model, optimizer, {**position, "config": config.to_dict()})
+
+    clock.start()
+    if start == 0:
+        evaluate()
+    stopped = False
+    for step in range(start, config.steps):
+        inputs, targets = loader.batch(step)
+        lr, momentum = schedule(config, step)
+        for group in optimizer.param_groups:
+            group["lr"], group["momentum"] = lr, momentum
+
+        def gradients(reduce: bool = True, inputs: Tensor = inputs, targets: Tensor = targets) -> Tensor:
+            """Add the gradient of the whole batch's mean loss to `.grad`, and return that loss."""
+            nonlocal passes
+            passes += 1
+            loss = torch.zeros((), device=device)
+            for i, (x, y) in enumerate(zip(inputs.split(micro), targets.split(micro), strict=True)):
+                last = i == accumulation - 1
+                with nullcontext() if ranks.size == 1 or (reduce and last) else net.no_sync():
+                    with autocast:
+                        part = net(x, y) / accumulation
+                    part.backward()
+                loss = loss + part.detach()
+            return loss
+
+        # MVR-2's pass at the previous weights adds to the gradient that the second pass reduces: one reduction a step.
+        before = optimizer.updates
+        loss = optimizer.step(gradients, lambda: gradients(reduce=config.optimizer != "mvr2"))
+        at = optimizer.updates if config.optimizer == "mvr2" else before
+
+        if at % config.log_every == 0:
+            record(at, train_loss=ranks.mean(loss).item())
+        if optimizer.updates != before and optimizer.updates % config.val_every == 0 and optimizer.updates < config.steps:
+            evaluate()
+        progress.step()
+        stopped = stop.agreed()
+        if stopped or step + 1 == config.steps or (config.checkpoint_every and (step + 1) % config.checkpoint_every == 0):
+            save(step + 1)
+        if stopped:
+            break
+
+    if start == config.steps:
+        progress.say(f"all {config.steps} steps were done; --steps more goes on")
+    if (error := checkpoints.wait()) and ranks.first:
+        raise UserError(f"the last checkpoint could not be written: {error}")
+    if stopped:
+        progress.say(f"stopped after step {step + 1} of {config.steps}; --resume auto goes on from there")
+    else:
+        optimizer.flush()
+        evaluate()
+        if ranks.first:
+            checkpoint.save_weights(run_dir / "model.safetensors", model)
+        progress.say(f"{config.run_name}: {optimizer.updates} updates, {passes} gradient evaluations, {clock.seconds:.1f} s")
+    progress.close()
+    metrics.close()
+    ranks.close()
+
+
+def check_tokens(config: Config, loader: BatchLoader, val_stream: TokenStream) -> None:
+    """Raise UserError where the data would wrap around, or is less than a validation asks for."""
+    if config.steps > loader.steps:
+        need = config.steps * config.batch_size * config.seq_len + 1
+        raise UserError(
+            f"{config.steps} steps need {need:,} tokens and {config.data_dir} has {loader.stream.tokens:,}: get more shards "
+            f"(FineWeb: python -m data.fineweb --shards {-(-need // 100_000_000)}) or --steps {loader.steps}"
+        )
+    if not config.seq_len <= config.val_tokens < val_stream.tokens:
+        raise UserError(
+            f"val_tokens = {config.val_tokens:,} must be from one sequence ({config.seq_len}) to the {val_stream.tokens - 1:,} "
+            f"tokens of {config.data_dir}'s validation shards; set --val-tokens"
+        )
+
+
+if __name__ == "__main__":
+    with one_line_errors("train_gpt"):
+        train(CONFIG)
