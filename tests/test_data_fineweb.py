@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ import pytest
 from hub_server import HubServer
 
 from data import fineweb
-from data.shards import check_split, list_shards, read_manifest, verify, write_shard
+from data.shards import ShardInfo, check_split, list_shards, read_manifest, verify, write_shard
 from training.errors import UserError
 
 pytest.importorskip("huggingface_hub")
@@ -254,6 +255,15 @@ def test_the_waits_grow_are_jittered_and_end(monkeypatch, capsys):
         assert 0.5 * centre <= wait <= 1.5 * centre
     assert len({wait / min(60, 2**number) for number, wait in enumerate(slept)}) > 1
     assert capsys.readouterr().err.count("\n") == len(slept)
+
+
+def test_the_manifest_keeps_what_several_write_at_once(tmp_path):
+    (tmp_path / ".locks").mkdir()
+    names = [f"fineweb_train_{index:06d}.bin" for index in range(1, 41)]
+    infos = {name: ShardInfo(1026, 1, "0" * 64, 0, index) for index, name in enumerate(names)}
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda name: fineweb._record(name, infos[name], tmp_path), names))
+    assert read_manifest(tmp_path).files == infos
 
 
 def test_other_data_is_not_mixed_in(tmp_path, capsys):

@@ -164,7 +164,7 @@ def test_the_next_step_is_read_in_the_background_and_once(stream, monkeypatch):
 
 def test_an_error_of_the_thread_is_raised_by_its_own_step(tmp_path):
     tokens = np.arange(1001) % 50
-    tokens[655] = 99  # in sequence 65, batch 16 of 4
+    tokens[655] = 50  # in sequence 65, batch 16 of 4
     write_shard(tmp_path / "x_train_000001.bin", tokens[:500])
     write_shard(tmp_path / "x_train_000002.bin", tokens[500:])
     stream = TokenStream(tmp_path, "train")
@@ -172,11 +172,11 @@ def test_an_error_of_the_thread_is_raised_by_its_own_step(tmp_path):
         for step in range(16):
             loader.batch(step)
         for _ in range(2):  # from the thread, then in the foreground
-            with pytest.raises(UserError, match=r"x_train_000002\.bin: token 99 \(number 155 .* step 16\).* of 50"):
+            with pytest.raises(UserError, match=r"x_train_000002\.bin: token 50 \(number 155 .* step 16\).* of 50"):
                 loader.batch(16)
         loader.batch(17)
-    with BatchLoader(stream, batch_size=4, seq_len=10, vocab_size=100) as loader:
-        assert loader.batch(16)[0].max() == 99
+    with BatchLoader(stream, batch_size=4, seq_len=10, vocab_size=51) as loader:
+        assert loader.batch(16)[0].max() == 50
 
 
 def test_what_is_refused(stream, tmp_path):

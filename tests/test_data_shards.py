@@ -80,6 +80,17 @@ def test_what_is_no_shard_is_not_written(tmp_path, tokens):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_file_is_made_beside_its_final_name(tmp_path, monkeypatch):
+    """Only a rename within one directory is atomic."""
+    renamed = []
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda old, new: (renamed.append((Path(old), Path(new))), replace(old, new)))
+    write_shard(tmp_path / "a.bin", [1, 2])
+    [(old, new)] = renamed
+    assert old.parent == new.parent == tmp_path and new.name == "a.bin"
+    assert not old.match("*_train_*.bin"), "a glob for shards would find it"
+
+
 def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
     write_shard(tmp_path / "a.bin", [1, 2])
     before = (tmp_path / "a.bin").read_bytes()
