@@ -1,9 +1,11 @@
 """Gluon: momentum and a linear minimisation oracle per layer (Riabinin, Shulgin, Gruntkowska, Richtárik, "Gluon: Making
 Muon & Scion Great Again!", arXiv 2505.13416). Muon, Scion, normalised SGD and sign momentum are its special cases."""
 
+import inspect
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from numbers import Real
 from typing import Any
 
 import torch
@@ -61,12 +63,17 @@ class Gluon(Optimizer):
         process_group: dist.ProcessGroup | None = None,
         **options: float | None,
     ) -> None:
+        known = {name for cls in type(self).__mro__ if issubclass(cls, Gluon) for name in inspect.signature(cls).parameters}
+        if unknown := options.keys() - known:
+            raise TypeError(f"{type(self).__name__} has no option {', '.join(sorted(unknown))}")
         defaults = {
             "lr": lr, "momentum": momentum, "weight_decay": weight_decay, "norm": norm, "radius": radius,
             "scale": scale, "polar": polar, "betas": betas, "eps": eps, **options,
         }  # fmt: skip
         self._set_up(process_group)
         super().__init__(params, defaults)
+
+    _starts_whole = True  # M_0 = g_0
 
     # ---- the step, and what a variant changes of it -------------------------------------------------------------------
 
@@ -123,13 +130,14 @@ class Gluon(Optimizer):
         group = self.param_groups[-1]
         try:
             self._check_group(group)
-        except ValueError:
+        except Exception:
             self.param_groups.pop()
             raise
         group["updates"] = updates
         # What the pending update was made with, whatever a scheduler sets before it is applied.
         group["pending"] = False
         group["pending_lr"] = group["pending_weight_decay"] = group["pending_radius"] = 0.0
+        group["pending_betas"] = group["betas"]
         self._assign_owners(group)
         for p in group["params"]:
             # `steps` counts the gradients taken; `pending` says that the pending update moves this parameter.
@@ -143,8 +151,7 @@ class Gluon(Optimizer):
                 raise ValueError(f"{name} must be {allowed}, got {group[name]!r}")
 
         def within(name: str, low: float, high: float = math.inf) -> bool:
-            value = group[name]
-            return isinstance(value, int | float | Tensor) and not isinstance(value, bool) and low <= float(value) < high
+            return is_number(group[name]) and low <= float(group[name]) < high
 
         require("lr", within("lr", 0), "a finite number ≥ 0")
         require("momentum", within("momentum", 0, 1), "a number in [0, 1)")
@@ -152,9 +159,14 @@ class Gluon(Optimizer):
         require("radius", within("radius", 0) and group["radius"] > 0, "a finite number > 0")
         require("eps", within("eps", 0), "a finite number ≥ 0")
         betas = group["betas"]
-        require("betas", len(betas) == 2 and all(0 <= b < 1 for b in betas), "two numbers in [0, 1)")
+        pair = isinstance(betas, tuple | list) and len(betas) == 2
+        require("betas", pair and all(is_number(b) and 0 <= float(b) < 1 for b in betas), "two numbers in [0, 1)")
         get_norm("rms", torch.Size(()), group["scale"], group["polar"])
+        seen: set[Tensor] = set()
         for p in group["params"]:
+            if p in seen:
+                raise ValueError(f"params must name every parameter once, got one of shape {tuple(p.shape)} twice in a group")
+            seen.add(p)
             if not p.is_floating_point():
                 raise ValueError(f"params must be real floating-point tensors, got one of dtype {p.dtype}")
             _norm(group, p)
@@ -235,7 +247,7 @@ class Gluon(Optimizer):
                 gradient = _gradient(p, state["momentum_buffer"])
                 if group["norm"] == "adamw":
                     _fold_adamw(state, gradient, group["betas"])
-                elif state["steps"] == 1:
+                elif state["steps"] == 1 and self._starts_whole:
                     self._start(state, gradient)
                 else:
                     states.append(state)
@@ -245,6 +257,7 @@ class Gluon(Optimizer):
             group["pending"] = True
             for name in ("lr", "weight_decay", "radius"):
                 group[f"pending_{name}"] = float(group[name])
+            group["pending_betas"] = group["betas"]
 
     @torch.no_grad()
     def _apply_update(self) -> None:
@@ -376,14 +389,16 @@ class _Bucket:
             ]
         else:
             sharded = isinstance(self.transport, Sharded)
-            inputs = [
-                optimizer._lmo_input(p, group) if optimizer._owns(p) and (sharded or s["pending"]) else None
-                for p, s in zip(params, states, strict=True)
-            ]
-            whole = self.transport.collect(inputs, owners)
-            directions = [m if s["pending"] else None for m, s in zip(whole, states, strict=True)]
+            directions = self.transport.collect(
+                [
+                    optimizer._lmo_input(p, group) if optimizer._owns(p) and (sharded or s["pending"]) else None
+                    for p, s in zip(params, states, strict=True)
+                ],
+                owners,
+            )
+            directions = [m if s["pending"] else None for m, s in zip(directions, states, strict=True)]
             if any(m is not None for m in directions):
-                _replace_by_directions(directions, norm)
+                _replace_by_directions(directions, norm, [s.get("momentum_buffer") for s in states])
         self.transport.spread(directions, owners, params, _wire_dtype(params[0], norm))
 
     @torch.no_grad()
@@ -407,6 +422,11 @@ class _Bucket:
             torch._foreach_add_(targets, directions, alpha=-step * factor)
 
 
+def is_number(value: object) -> bool:
+    """A real number; torch takes one-element tensors too, for lr."""
+    return not isinstance(value, bool) and (isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1))
+
+
 def average(momenta: list[Tensor], gradients: list[Tensor], beta: float, weight: float) -> None:
     """M ← β M + weight·g for every pair, in place."""
     if weight == 1 - beta:
@@ -416,24 +436,35 @@ def average(momenta: list[Tensor], gradients: list[Tensor], beta: float, weight:
         torch._foreach_add_(momenta, gradients, alpha=weight)
 
 
-def _replace_by_directions(members: list[Tensor | None], norm: Norm) -> None:
-    """Replace each momentum of the list by its direction; matrices of one shape up to transposition in one call."""
+def _replace_by_directions(members: list[Tensor | None], norm: Norm, buffers: list[Tensor | None]) -> None:
+    """Replace each LMO input of the list by its direction; matrices of one shape up to transposition in one call.
+
+    An input that is no momentum buffer itself is overwritten or freed, so that it costs nothing at the peak.
+    """
     present = [i for i, m in enumerate(members) if m is not None]
     if not isinstance(norm, Spectral):
         for i in present:
             m = members[i]
-            members[i] = norm.direction(m.flatten(1) if m.ndim > 2 else m)
+            buffer = None if buffers[i] is None else local(buffers[i])
+            ours = buffer is None or m.data_ptr() != buffer.data_ptr()
+            members[i] = norm.direction(m.flatten(1) if m.ndim > 2 else m, overwrite=ours)
         return
     matrices = [members[i].flatten(1) for i in present]
-    wide = [m.mT if m.size(0) > m.size(1) else m for m in matrices]
+    tall = [m.size(0) > m.size(1) for m in matrices]
+    wide = [m.mT if t else m for m, t in zip(matrices, tall, strict=True)]
     stack = torch.empty((len(wide), *wide[0].shape), dtype=work_dtype(wide[0], norm.polar), device=wide[0].device)
     torch._foreach_copy_(list(stack.unbind()), wide)
-    for i, m, direction in zip(present, matrices, norm.direction(stack).unbind(), strict=True):
-        members[i] = direction.mT if m.size(0) > m.size(1) else direction
+    for i in present:
+        members[i] = None
+    del matrices, wide
+    for i, t, direction in zip(present, tall, norm.direction(stack, overwrite=True).unbind(), strict=True):
+        members[i] = direction.mT if t else direction
 
 
 def _norm(group: dict[str, Any], p: Tensor) -> Norm | None:
-    return None if group["norm"] == "adamw" else get_norm(group["norm"], p.shape, group["scale"], group["polar"])
+    if group["norm"] == "adamw":
+        return None
+    return get_norm(group["norm"], p.shape, group["scale"], group["polar"], group.get("ns_steps"))
 
 
 def _wire_dtype(p: Tensor, norm: Norm | None) -> torch.dtype:
@@ -474,6 +505,6 @@ def _fold_adamw(state: dict[str, Any], gradient: Tensor, betas: tuple[float, flo
 
 def _adamw_direction(state: dict[str, Any], group: dict[str, Any]) -> Tensor:
     """m̂ / (√v̂ + eps), bias-corrected (Loshchilov, Hutter, arXiv 1711.05101)."""
-    correction1, correction2 = (1 - beta ** state["steps"] for beta in group["betas"])
+    correction1, correction2 = (1 - beta ** state["steps"] for beta in group["pending_betas"])
     denominator = local(state["exp_avg_sq"]).sqrt().div_(math.sqrt(correction2)).add_(group["eps"])
     return torch.div(local(state["momentum_buffer"]), denominator, out=denominator).div_(correction1)

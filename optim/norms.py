@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from optim.polar import METHODS, polar
+from optim.polar import METHODS, length, nonzero, polar
 
 SCALES = ("scion", "muon", "moonlight", "none")
 
@@ -40,42 +40,43 @@ class Norm:
     """A norm ball for one parameter (or a stack of matrices, where `min_ndim` is 2: leading dimensions are a batch).
 
     `scale` chooses the spectral norm's factor; the other norms know only Scion's ("none" makes every factor 1).
+    `polar` and `steps` are those of `optim.polar.polar`.
     """
 
     name: str
     min_ndim = 0
 
-    def __init__(self, scale: str = "scion", polar: str = "polar_express") -> None:
+    def __init__(self, scale: str = "scion", polar: str = "polar_express", steps: int | None = None) -> None:
         if scale not in SCALES:
             raise ValueError(f"scale must be one of {', '.join(SCALES)}, got {scale!r}")
         if polar not in METHODS:
             raise ValueError(f"polar must be one of {', '.join(METHODS)}, got {polar!r}")
-        self.scale, self.polar = scale, polar
+        self.scale, self.polar, self.steps = scale, polar, steps
 
     def factor(self, shape: torch.Size) -> float:
         """The dimension factor of a parameter of this shape."""
         return 1.0 if self.scale == "none" else self._factor(shape)
 
-    def direction(self, m: Tensor) -> Tensor:
-        """The maximiser of ⟨M, Z⟩ over the base ball; zero for M = 0. A new tensor."""
+    def direction(self, m: Tensor, overwrite: bool = False) -> Tensor:
+        """The maximiser of ⟨M, Z⟩ over the base ball; zero for M = 0. A new tensor, or M's where `overwrite` allows it."""
         raise NotImplementedError
 
     def lmo(self, m: Tensor) -> Tensor:
         """argmin over ‖Z‖ ≤ 1 of ⟨M, Z⟩, in M's shape and dtype; zero for M = 0. M is not modified."""
-        return self.direction(_matrix(m)).reshape(m.shape).to(m.dtype).mul_(-self.factor(m.shape))
+        return _float(self.direction(_matrix(m))).mul_(-self.factor(m.shape)).reshape(m.shape).to(m.dtype)
 
     def norm(self, w: Tensor) -> Tensor:
-        """‖W‖, a scalar."""
-        return self._base(_matrix(w)) / self.factor(w.shape)
+        """‖W‖, a scalar in float32 at least."""
+        return self._base(_float(_matrix(w))) / self.factor(w.shape)
 
     def dual_norm(self, m: Tensor) -> Tensor:
-        """max over ‖Z‖ ≤ 1 of ⟨M, Z⟩, a scalar."""
-        return self._dual_base(_matrix(m)) * self.factor(m.shape)
+        """max over ‖Z‖ ≤ 1 of ⟨M, Z⟩, a scalar in float32 at least."""
+        return self._dual_base(_float(_matrix(m))) * self.factor(m.shape)
 
     @torch.no_grad()
     def init(self, w: Tensor, radius: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
         """Fill W in place with a random point of the sphere of this radius, and return it."""
-        gaussian = torch.empty(w.shape, dtype=torch.float32, device=w.device).normal_(generator=generator)
+        gaussian = torch.empty_like(_float(w)).normal_(generator=generator)
         exact = type(self)(self.scale, "svd")
         return w.copy_(exact.lmo(gaussian).mul_(-radius))
 
@@ -93,10 +94,9 @@ def _matrix(w: Tensor) -> Tensor:
     return w.flatten(1) if w.ndim > 2 else w
 
 
-def _unit(m: Tensor, dim: tuple[int, ...] | int | None) -> Tensor:
+def _unit(m: Tensor, dim: tuple[int, ...] | int | None, overwrite: bool) -> Tensor:
     """M over its Euclidean norm along `dim`; zero where that is zero."""
-    norm = torch.linalg.vector_norm(m, dim=dim, keepdim=True)
-    return torch.where(norm > 0, m / norm, 0)
+    return torch.div(m, nonzero(length(m, dim)), out=m if overwrite else None)
 
 
 class Spectral(Norm):
@@ -105,17 +105,17 @@ class Spectral(Norm):
     name = "spectral"
     min_ndim = 2
 
-    def direction(self, m: Tensor) -> Tensor:
-        return polar(m, self.polar)
+    def direction(self, m: Tensor, overwrite: bool = False) -> Tensor:
+        return polar(m, self.polar, self.steps, overwrite=overwrite)
 
     def factor(self, shape: torch.Size) -> float:
         return spectral_factor(shape, self.scale)
 
     def _base(self, w: Tensor) -> Tensor:
-        return torch.linalg.matrix_norm(_float(w), 2)
+        return torch.linalg.matrix_norm(w, 2)
 
     def _dual_base(self, m: Tensor) -> Tensor:
-        return torch.linalg.matrix_norm(_float(m), "nuc")
+        return torch.linalg.matrix_norm(m, "nuc")
 
 
 class Sign(Norm):
@@ -123,8 +123,8 @@ class Sign(Norm):
 
     name = "sign"
 
-    def direction(self, m: Tensor) -> Tensor:
-        return m.sign()
+    def direction(self, m: Tensor, overwrite: bool = False) -> Tensor:
+        return torch.sign(m, out=m if overwrite else None)
 
     def _factor(self, shape: torch.Size) -> float:
         return 1 / math.prod(shape[1:])
@@ -143,17 +143,17 @@ class ColNorm(Norm):
     min_ndim = 2
     _dim = -2
 
-    def direction(self, m: Tensor) -> Tensor:
-        return _unit(m, self._dim)
+    def direction(self, m: Tensor, overwrite: bool = False) -> Tensor:
+        return _unit(m, self._dim, overwrite)
 
     def _factor(self, shape: torch.Size) -> float:
         return math.sqrt(shape[0])
 
     def _base(self, w: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(w, dim=self._dim).amax()
+        return length(w, self._dim).amax()
 
     def _dual_base(self, m: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(m, dim=self._dim).sum()
+        return length(m, self._dim).sum()
 
 
 class RowNorm(ColNorm):
@@ -171,14 +171,14 @@ class Frobenius(Norm):
 
     name = "frobenius"
 
-    def direction(self, m: Tensor) -> Tensor:
-        return _unit(m, None)
+    def direction(self, m: Tensor, overwrite: bool = False) -> Tensor:
+        return _unit(m, None, overwrite)
 
     def _base(self, w: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(w)
+        return length(w).squeeze()
 
     def _dual_base(self, m: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(m)
+        return length(m).squeeze()
 
 
 class RMS(Frobenius):
@@ -191,14 +191,16 @@ class RMS(Frobenius):
 
 
 def _float(m: Tensor) -> Tensor:
-    """linalg has no bfloat16."""
+    """linalg has no bfloat16, and sums in it are coarse."""
     return m.to(torch.promote_types(m.dtype, torch.float32))
 
 
 NORMS: dict[str, Callable[..., Norm]] = {n.name: n for n in (Spectral, Sign, ColNorm, RowNorm, Frobenius, RMS)}
 
 
-def get_norm(name: str, shape: torch.Size, scale: str = "scion", polar: str = "polar_express") -> Norm:
+def get_norm(
+    name: str, shape: torch.Size, scale: str = "scion", polar: str = "polar_express", steps: int | None = None
+) -> Norm:
     """The norm of this name for a parameter of this shape; `auto` is rms for vectors and scalars, else spectral.
 
     Raises ValueError for an unknown name, and where the norm needs a matrix and the shape is none.
@@ -207,7 +209,7 @@ def get_norm(name: str, shape: torch.Size, scale: str = "scion", polar: str = "p
         name = "spectral" if len(shape) >= 2 else "rms"
     if name not in NORMS:
         raise ValueError(f"norm must be one of {', '.join([*NORMS, 'adamw', 'auto'])}, got {name!r}")
-    norm = NORMS[name](scale, polar)
+    norm = NORMS[name](scale, polar, steps)
     if len(shape) < norm.min_ndim:
         raise ValueError(
             f"norm={name!r} needs parameters of {norm.min_ndim} dimensions or more, got one of shape {tuple(shape)}: "

@@ -33,8 +33,25 @@ def work_dtype(matrix: Tensor, method: str) -> torch.dtype:
     return torch.bfloat16 if matrix.device.type == "cuda" and method != "svd" else torch.float32
 
 
-def polar(matrix: Tensor, method: str = "polar_express", steps: int | None = None) -> Tensor:
-    """The polar factor of each matrix of a stack (…, m, n); zero for a zero matrix. The input is not modified.
+def length(x: Tensor, dim: tuple[int, ...] | int | None = None) -> Tensor:
+    """The Euclidean norm along `dim`, kept as a dimension of size 1, in float32 at least.
+
+    The squares are summed in float64 where the device has it: float32 loses them for entries below 1e-19 or above 1e19.
+    """
+    wide = torch.float64 if x.device.type != "mps" else torch.float32
+    norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=wide)
+    return norm.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def nonzero(norm: Tensor) -> Tensor:
+    """A divisor that leaves zeros zero and lets NaN through."""
+    return torch.where(norm == 0, 1, norm)
+
+
+def polar(matrix: Tensor, method: str = "polar_express", steps: int | None = None, *, overwrite: bool = False) -> Tensor:
+    """The polar factor of each matrix of a stack (…, m, n); zero for a zero matrix.
+
+    The input is not modified, unless `overwrite` allows that (which saves a buffer).
 
     `steps` counts iterations (default 5; past the end of the table the last row repeats). The result is in
     `work_dtype(matrix, method)`. `svd` is exact and leaves out directions whose singular value is zero to rounding.
@@ -53,9 +70,9 @@ def polar(matrix: Tensor, method: str = "polar_express", steps: int | None = Non
     x = matrix.mT if tall else matrix
     shape = x.shape
     x = x.reshape(-1, *shape[-2:])
-    # ‖X‖_F bounds every singular value. The norm is taken before the cast, so that tiny gradients keep their direction.
-    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
-    x = torch.mul(x, torch.where(norm > 0, 1 / (norm * safety), 0)).to(dtype)
+    # ‖X‖_F bounds every singular value.
+    divisor = nonzero(length(x, (-2, -1)) * safety)
+    x = x.div_(divisor) if overwrite and x.dtype == dtype else torch.div(x, divisor).to(dtype)
     x = _iterate(x, rows).view(shape)
     return x.mT if tall else x
 
