@@ -11,14 +11,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from optim.norms import Norm, Spectral, get_norm
 from optim.polar import work_dtype
-from optim.sharding import Alone, Ownership, Replicated, Sharded, local
+from optim.sharding import Alone, Ownership, Replicated, Sharded, local, sharded_along
 
 Closure = Callable[[], Any]
+
+# A bucket holds at most so many elements (one parameter at least), so that a bucket can travel while another is computed
+# and what the step holds beside the momentum stays small.
+BUCKET_ELEMENTS = 2**25
 
 
 class Gluon(Optimizer):
@@ -119,7 +123,7 @@ class Gluon(Optimizer):
         return self.param_groups[0]["updates"]
 
     def _set_up(self, process_group: dist.ProcessGroup | None) -> None:
-        self._process_group = process_group
+        self._ranks = _with_others(process_group)
         self._owners = Ownership()
         self._layout_checked = False
         self._ignore_zero_grad = False
@@ -216,9 +220,9 @@ class Gluon(Optimizer):
                 buffer = self.state[p].get(name)
                 if isinstance(p, DTensor):
                     buffer = buffer.full_tensor()
-                elif (ranks := self._group()) is not None:
+                elif self._ranks is not None:
                     buffer = _buffer_like(p) if buffer is None else buffer.clone()
-                    dist.broadcast(buffer, dist.get_global_rank(ranks, self._owners[p]), group=ranks)
+                    dist.broadcast(buffer, dist.get_global_rank(self._ranks, self._owners[p]), group=self._ranks)
                 full["state"][i][name] = buffer
         return full
 
@@ -261,19 +265,31 @@ class Gluon(Optimizer):
 
     @torch.no_grad()
     def _apply_update(self) -> None:
-        """Apply the pending update; a bucket's directions travel while the next one's are computed."""
+        """Apply the pending update; while a bucket's directions travel, the next one's are computed."""
         if not self._has_pending():
             return
-        moving = self._share_moving()
-        in_flight: deque[_Bucket] = deque()
-        for bucket in self._buckets():
-            bucket.launch(self)
-            in_flight.append(bucket)
-            if len(in_flight) > 1:
-                in_flight.popleft().finish(moving)
-        while in_flight:
-            in_flight.popleft().finish(moving)
+        travelling: deque[_Bucket] = deque()
+        for bucket in self._directions():
+            travelling.append(bucket)
+            if len(travelling) > 1:
+                travelling.popleft().move_weights()
+        while travelling:
+            travelling.popleft().move_weights()
         self._count_update()
+
+    def _directions(self) -> Iterator["_Bucket"]:
+        """The buckets of the pending update, each with its directions under way."""
+        self._check_layout()
+        gathering = None
+        for bucket in self._buckets():
+            bucket.gather()
+            if gathering is not None:
+                gathering.send_directions()
+                yield gathering
+            gathering = bucket
+        if gathering is not None:
+            gathering.send_directions()
+            yield gathering
 
     def _count_update(self) -> None:
         for group in self.param_groups:
@@ -292,78 +308,48 @@ class Gluon(Optimizer):
 
     # ---- who does what ----------------------------------------------------------------------------------------------
 
-    def _group(self) -> dist.ProcessGroup | None:
-        """The ranks that share the work on replicated parameters; None for one process."""
-        if not (dist.is_available() and dist.is_initialized()):
+    def _ranks_of(self, p: Tensor, group: dict[str, Any]) -> dist.ProcessGroup | None:
+        """The ranks that need each other for the LMO of p; None where this rank has all that it needs."""
+        if not isinstance(p, DTensor):
+            return self._ranks
+        if group["norm"] in ("sign", "adamw"):  # entry by entry
             return None
-        group = self._process_group or dist.group.WORLD
-        return group if group.size() > 1 else None
+        along = sharded_along(p)
+        return None if along is None else p.device_mesh.get_group(along[0])
 
     def _assign_owners(self, group: dict[str, Any]) -> None:
         matrices = group["norm"] in ("spectral", "auto")
-        ranks = self._group()
-        replicated = [p for p in group["params"] if not isinstance(p, DTensor)]
-        self._owners.assign(replicated, matrices, ranks.size() if ranks else 1, "replicated")
-        for p in group["params"]:
-            if isinstance(p, DTensor):
-                self._owners.assign([p], matrices, self._transport(p, group).size, p.device_mesh)
+        self._owners.assign(group["params"], matrices, lambda p: self._ranks_of(p, group))
 
     def _owns(self, p: Tensor) -> bool:
         """Whether this rank keeps (its piece of) the momentum of p."""
-        ranks = self._group()
-        return isinstance(p, DTensor) or ranks is None or self._owners[p] == ranks.rank()
-
-    def _transport(self, p: Tensor, group: dict[str, Any]) -> Alone:
-        if isinstance(p, DTensor):
-            elementwise = group["norm"] in ("sign", "adamw")
-            split = any(isinstance(s, Shard) for s in p.placements)
-            return Sharded(p) if split and not elementwise else Alone()
-        ranks = self._group()
-        return Replicated(ranks) if ranks else Alone()
+        return isinstance(p, DTensor) or self._ranks is None or self._owners[p] == self._ranks.rank()
 
     def _buckets(self) -> Iterator["_Bucket"]:
-        """The pending updates: spectral matrices of one shape (up to transposition) together, the rest one by one."""
+        """The pending updates; matrices of one shape up to transposition go into one batched call, all into few messages."""
         for group in self.param_groups:
             if not group["pending"]:
                 continue
             buckets: dict[object, list[Tensor]] = {}
             for p in group["params"]:
-                key: object = p
+                shape = None
                 if isinstance(_norm(group, p), Spectral):
-                    rows, columns = p.shape[0], math.prod(p.shape[1:])
-                    if isinstance(p, DTensor):
-                        key = (p.shape, p.dtype, p.device_mesh, p.placements)
-                    else:
-                        key = (min(rows, columns), max(rows, columns), p.dtype, p.device)
-                buckets.setdefault(key, []).append(p)
+                    shape = tuple(sorted((p.shape[0], math.prod(p.shape[1:]))))
+                place = (p.device_mesh, p.placements) if isinstance(p, DTensor) else p.device
+                buckets.setdefault((shape, p.dtype, place), []).append(p)
             for params in buckets.values():
-                yield _Bucket(group, params, self._transport(params[0], group))
+                share = max(1, BUCKET_ELEMENTS // max(1, params[0].numel()))
+                for start in range(0, len(params), share):
+                    yield _Bucket(self, group, params[start : start + share])
 
-    def _share_moving(self) -> dict[Tensor, Tensor]:
-        """1 or 0 per parameter on the device: whether its owner moves it. Only where ranks could see that differently.
-
-        Owners send a zero direction for a parameter that stays, so only weight decay needs to know.
-        """
-        ranks = self._group()
-        if ranks is None:
-            return {}
-        if not self._layout_checked:
-            self._check_layout(ranks)
-        decaying = [p for group in self.param_groups if group["pending"] and group["pending_weight_decay"]
-                    for p in group["params"] if not isinstance(p, DTensor)]  # fmt: skip
-        if not decaying:
-            return {}
-        flags = [float(self._owns(p) and self.state[p]["pending"]) for p in decaying]
-        shared = torch.tensor(flags, dtype=torch.float32).to(decaying[0].device, non_blocking=True)
-        dist.all_reduce(shared, group=ranks)
-        return dict(zip(decaying, shared.unbind(), strict=True))
-
-    def _check_layout(self, ranks: dist.ProcessGroup) -> None:
+    def _check_layout(self) -> None:
         """Once: ranks that share the work must hold the same parameters, or they would wait for each other forever."""
         shapes = [(tuple(p.shape), str(p.dtype)) for g in self.param_groups for p in g["params"]
                   if not isinstance(p, DTensor)]  # fmt: skip
-        layouts: list[object] = [None] * ranks.size()
-        dist.all_gather_object(layouts, shapes, group=ranks)
+        if self._layout_checked or self._ranks is None or not shapes:
+            return
+        layouts: list[object] = [None] * self._ranks.size()
+        dist.all_gather_object(layouts, shapes, group=self._ranks)
         if any(layout != shapes for layout in layouts):
             raise RuntimeError(
                 "the ranks of process_group hold different parameters; pass the group of the ranks that hold the same ones"
@@ -372,59 +358,83 @@ class Gluon(Optimizer):
 
 
 class _Bucket:
-    """Parameters of one group whose directions are computed in one batched call and travel together."""
+    """Parameters of one group whose directions are computed together and travel together."""
 
-    def __init__(self, group: dict[str, Any], params: list[Tensor], transport: Alone) -> None:
-        self.group, self.params, self.transport = group, params, transport
+    def __init__(self, optimizer: Gluon, group: dict[str, Any], params: list[Tensor]) -> None:
+        self._optimizer, self._group = optimizer, group
+        self._params = sorted(params, key=optimizer._owners.__getitem__)
+        self._norm = _norm(group, params[0])
+        self._exchange = self._find_exchange()
 
-    def launch(self, optimizer: Gluon) -> None:
-        """Compute the directions of the members that this rank owns and start their exchange."""
-        group, params, states = self.group, self.params, [optimizer.state[p] for p in self.params]
-        owners = [optimizer._owners[p] for p in params]
-        norm = _norm(group, params[0])
-        if norm is None:
-            directions = [
-                _adamw_direction(s, group) if s["pending"] and optimizer._owns(p) else None
-                for p, s in zip(params, states, strict=True)
-            ]
-        else:
-            sharded = isinstance(self.transport, Sharded)
-            directions = self.transport.collect(
-                [
-                    optimizer._lmo_input(p, group) if optimizer._owns(p) and (sharded or s["pending"]) else None
-                    for p, s in zip(params, states, strict=True)
-                ],
-                owners,
-            )
-            directions = [m if s["pending"] else None for m, s in zip(directions, states, strict=True)]
-            if any(m is not None for m in directions):
-                _replace_by_directions(directions, norm, [s.get("momentum_buffer") for s in states])
-        self.transport.spread(directions, owners, params, _wire_dtype(params[0], norm))
+    def _find_exchange(self) -> Alone:
+        p = self._params[0]
+        ranks = self._optimizer._ranks_of(p, self._group)
+        if ranks is None:
+            return Alone()
+        owners = [self._optimizer._owners[p] for p in self._params]
+        # Directions travel in the dtype that they are computed in.
+        dtype = _buffer_dtype(p)
+        if isinstance(self._norm, Spectral):
+            dtype = work_dtype(local(p).new_empty(0, dtype=dtype), self._norm.polar)
+        return (Sharded if isinstance(p, DTensor) else Replicated)(self._params, owners, ranks, dtype)
 
-    @torch.no_grad()
-    def finish(self, moving: dict[Tensor, Tensor]) -> None:
+    def gather(self) -> None:
+        """Start to bring the momenta to their owners."""
+        optimizer, group = self._optimizer, self._group
+        sharded = isinstance(self._exchange, Sharded)  # then even what stays is sent, since its owner may see a gradient
+        inputs: list[Tensor | None] = []
+        for p in self._params:
+            state = optimizer.state[p]
+            if not optimizer._owns(p) or not (sharded or state["pending"]):
+                inputs.append(None)
+            elif self._norm is None:
+                inputs.append(_adamw_direction(state, group))
+            else:
+                inputs.append(optimizer._lmo_input(p, group))
+        self._exchange.gather(inputs)
+
+    def send_directions(self) -> None:
+        """Compute the directions of the members that this rank owns, and start to send them."""
+        states = [self._optimizer.state[p] for p in self._params]
+        members = [m if s["pending"] else None for m, s in zip(self._exchange.whole(), states, strict=True)]
+        if self._norm is not None:
+            _replace_by_directions(members, self._norm, [s.get("momentum_buffer") for s in states])
+        self._exchange.spread(members)
+
+    def move_weights(self) -> None:
         """Wait for the directions and move the weights."""
-        group = self.group
+        group = self._group
         step = group["pending_lr"] * group["pending_radius"]
         decay = group["pending_lr"] * group["pending_weight_decay"]
+        directions, flags = self._exchange.receive()
+        keep: list[Any] = [1 - decay] * len(directions)
+        if flags is not None and decay:
+            keep = list((1 - decay * flags.to(_buffer_dtype(self._params[0]))).unbind())
         alike: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
-        for p, direction in zip(self.params, self.transport.wait(), strict=True):
+        for p, direction, kept in zip(self._params, directions, keep, strict=True):
             if direction is None:
                 continue
             weights = local(p)
             if decay:
-                weights.mul_(1 - decay * moving[p].double() if p in moving else 1 - decay)
-            norm = _norm(group, p)
-            targets, directions = alike.setdefault(norm.factor(p.shape) if norm else 1.0, ([], []))
+                weights.mul_(kept)
+            targets, moves = alike.setdefault(self._norm.factor(p.shape) if self._norm else 1.0, ([], []))
             targets.append(weights)
-            directions.append(direction.view(weights.shape) if direction.is_contiguous() else direction.reshape(weights.shape))
-        for factor, (targets, directions) in alike.items():
-            torch._foreach_add_(targets, directions, alpha=-step * factor)
+            moves.append(direction.reshape(weights.shape))
+        for factor, (targets, moves) in alike.items():
+            torch._foreach_add_(targets, moves, alpha=-step * factor)
+
+
+def _with_others(ranks: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    """The ranks that share replicated parameters (default: all of them); None for one process."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    ranks = ranks or dist.group.WORLD
+    return ranks if ranks.size() > 1 else None
 
 
 def is_number(value: object) -> bool:
-    """A real number; torch takes one-element tensors too, for lr."""
-    return not isinstance(value, bool) and (isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1))
+    """A real number, or a tensor of one; True and False are none."""
+    return (isinstance(value, Real) and not isinstance(value, bool)) or (isinstance(value, Tensor) and value.numel() == 1)
 
 
 def average(momenta: list[Tensor], gradients: list[Tensor], beta: float, weight: float) -> None:
@@ -442,6 +452,8 @@ def _replace_by_directions(members: list[Tensor | None], norm: Norm, buffers: li
     An input that is no momentum buffer itself is overwritten or freed, so that it costs nothing at the peak.
     """
     present = [i for i, m in enumerate(members) if m is not None]
+    if not present:
+        return
     if not isinstance(norm, Spectral):
         for i in present:
             m = members[i]
@@ -465,12 +477,6 @@ def _norm(group: dict[str, Any], p: Tensor) -> Norm | None:
     if group["norm"] == "adamw":
         return None
     return get_norm(group["norm"], p.shape, group["scale"], group["polar"], group.get("ns_steps"))
-
-
-def _wire_dtype(p: Tensor, norm: Norm | None) -> torch.dtype:
-    """Directions travel in the dtype that they are computed in."""
-    momentum = local(p).new_empty(0, dtype=_buffer_dtype(p))
-    return work_dtype(momentum, norm.polar) if isinstance(norm, Spectral) else momentum.dtype
 
 
 def _buffer_dtype(p: Tensor) -> torch.dtype:
