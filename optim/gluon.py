@@ -248,7 +248,7 @@ class Gluon(Optimizer):
                 state["steps"] += state["pending"]
                 if not state["pending"] or not self._owns(p):
                     continue
-                gradient = _gradient(p, state["momentum_buffer"])
+                gradient = gradient_of(p, state["momentum_buffer"])
                 if group["norm"] == "adamw":
                     _fold_adamw(state, gradient, group["betas"])
                 elif state["steps"] == 1 and self._starts_whole:
@@ -495,7 +495,7 @@ def _copy_buffer(buffer: Tensor, value: Tensor) -> None:
     buffer.copy_(value)
 
 
-def _gradient(p: Tensor, buffer: Tensor) -> Tensor:
+def gradient_of(p: Tensor, buffer: Tensor) -> Tensor:
     """This rank's gradient in the buffer's dtype; None counts as zero."""
     if p.grad is None:
         return torch.zeros_like(local(buffer))

@@ -1,0 +1,160 @@
+"""MuonMVR: Muon with variance reduction, momentum from zero and MARS's clipping, as "On the Convergence of Muon and Beyond"
+(Chang, Liu, Yuan, arXiv 2509.15816) offers it: the gradient to compare with is handed in, not evaluated by the optimizer."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from optim.gluon import Gluon, gradient_of, is_number
+
+
+class MuonMVR(Gluon):
+    r"""Muon with momentum variance reduction for matrices, AdamW for the rest. For each matrix of shape (d_out, d_in):
+
+        C_k     = g_k + γβ/(1-β) · (g_k - last_k)            no correction while there is no `last`
+        C_k     ← C_k / max(1, ‖C_k‖_F)                      the clipping of MARS (Yuan et al., arXiv 2411.10438)
+        M_k     = β M_{k-1} + (1-β) C_k                      from M = 0
+        X_{k+1} = (1 - lr·weight_decay) X_k - lr · 0.2 √max(d_out, d_in) · UVᵀ of M_k
+
+    `last` is the previous step's gradient with `is_approx=True` (MVR-1; `update_last_grad` does nothing then), else what
+    `update_last_grad` recorded: the gradient of the previous batch at the current weights (MVR-3), or of the current batch
+    at the previous weights (MVR-2). It stays until it is recorded anew. γ = 0 is Muon with clipped gradients.
+    (`GluonMVR1`, `2` and `3` reach the same corrections without a stored gradient, batch or model.)
+
+    Arguments:
+        params: parameters or groups. A group with `use_muon=True` goes to Muon (tensors of more than two dimensions as
+            (o, i·k…)), one with `use_muon=False` to AdamW. Parameters and groups without it are split: 2-D parameters to
+            Muon, the rest to AdamW, in a group of each.
+        lr: the learning rate of both, ≥ 0.
+        momentum: β in [0, 1).
+        gamma: γ ≥ 0, the scale of the correction.
+        is_approx: compare with the previous step's own gradient instead of one that is recorded.
+        weight_decay: decoupled, of both, ≥ 0.
+        ns_steps: iterations of the polar factor, ≥ 1 (`svd` has none).
+        adamw_betas, eps: of AdamW.
+        polar: newton_schulz, polar_express, svd.
+        process_group: as in `Gluon`. DTensor parameters (FSDP2) are refused: use `GluonMVR3`.
+
+    A step with `is_approx=False`, previous batch first (MVR-3):
+
+        if previous is not None:
+            loss(*previous).backward()
+            optimizer.update_last_grad()      # a copy, so .grad may be zeroed in place or reused
+            optimizer.zero_grad()
+        loss(*batch).backward()
+        optimizer.step()                      # leaves no gradient
+        previous = batch
+
+    With gradient accumulation, `previous` and `batch` are lists of micro-batches: every loss is divided by their number, and
+    `update_last_grad` is called once, after the last backward of the previous step's list. The accumulation loop printed in
+    the README of MUON-MVR goes wrong here: it adds the previous micro-batch's gradient onto the current one's, records the
+    sum, and its `zero_grad` ("keeping the gradients for the current batch") then drops both. So `step` never finds a
+    gradient, and nothing is trained.
+    """
+
+    _starts_whole = False
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 3e-3,
+        momentum: float = 0.95,
+        gamma: float = 0.025,
+        is_approx: bool = False,
+        weight_decay: float = 0.0,
+        ns_steps: int = 5,
+        adamw_betas: tuple[float, float] = (0.95, 0.99),
+        eps: float = 1e-8,
+        polar: str = "newton_schulz",
+        *,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        super().__init__(
+            params, lr, momentum, weight_decay, scale="moonlight", polar=polar, betas=adamw_betas, eps=eps,
+            process_group=process_group, gamma=gamma, is_approx=is_approx, ns_steps=ns_steps,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def update_last_grad(self) -> None:
+        """Record the gradients that lie in `.grad` as those that the next steps compare with.
+
+        They are copied. A parameter whose `.grad` is None has nothing recorded, hence no correction.
+        """
+        for group in self.param_groups:
+            if not group["use_muon"] or group["is_approx"]:
+                continue
+            for p in group["params"]:
+                state = self.state[p]
+                state["recorded"] = p.grad is not None
+                if state["recorded"] and self._owns(p):
+                    state["last_grad"].copy_(gradient_of(p, state["last_grad"]))
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's; a group without `use_muon` becomes two, of the 2-D parameters and of the rest."""
+        group = dict(param_group)
+        params = group["params"]
+        if "use_muon" not in group and not isinstance(params, set):  # torch refuses a set
+            params = [params] if isinstance(params, Tensor) else list(params)
+            matrices = [_tensor(p).ndim == 2 for p in params]
+            for use_muon in sorted(set(matrices), reverse=True):
+                part = [p for p, matrix in zip(params, matrices, strict=True) if matrix == use_muon]
+                self.add_param_group(group | {"params": part, "use_muon": use_muon})
+            return
+        group["norm"] = "spectral" if group.get("use_muon") else "adamw"
+        if "adamw_betas" in group:
+            group["betas"] = group.pop("adamw_betas")
+        super().add_param_group(group)
+        for p in self.param_groups[-1]["params"]:
+            self.state[p]["recorded"] = False
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        def require(name: str, ok: bool, allowed: str, key: str | None = None) -> None:
+            if not ok:
+                raise ValueError(f"{name} must be {allowed}, got {group[key or name]!r}")
+
+        gamma, betas, steps = group["gamma"], group["betas"], group["ns_steps"]
+        require("use_muon", isinstance(group["use_muon"], bool), "True or False")
+        require("is_approx", isinstance(group["is_approx"], bool), "True or False")
+        require("gamma", is_number(gamma) and 0 <= float(gamma) < math.inf, "a finite number ≥ 0")
+        require("ns_steps", isinstance(steps, int) and not isinstance(steps, bool) and steps >= 1, "an integer ≥ 1")
+        pair = isinstance(betas, tuple | list) and len(betas) == 2 and all(is_number(b) and 0 <= float(b) < 1 for b in betas)
+        require("adamw_betas", pair, "two numbers in [0, 1)", "betas")
+        for p in group["params"]:
+            if group["use_muon"] and p.ndim < 2:
+                raise ValueError(
+                    f"use_muon=True needs parameters of 2 dimensions or more, got one of shape {tuple(p.shape)}: put it "
+                    "into a group with use_muon=False"
+                )
+            if isinstance(p, DTensor):
+                raise ValueError("params must be plain tensors for MuonMVR, got a DTensor: use GluonMVR1, 2 or 3 with FSDP2")
+        super()._check_group(group)
+
+    def _buffer_names(self, group: dict[str, Any]) -> list[str]:
+        return [*super()._buffer_names(group), *(["last_grad"] if group["use_muon"] else [])]
+
+    def _fold(self, group: dict[str, Any], states: list[dict[str, Any]], gradients: list[Tensor]) -> None:
+        beta = float(group["momentum"])
+        share = float(group["gamma"]) * beta / (1 - beta)
+        corrected = [
+            torch.lerp(s["last_grad"], g, 1 + share) if s["recorded"] else g.clone()
+            for s, g in zip(states, gradients, strict=True)
+        ]
+        # Divide by max(1, norm) on the device: an `if norm > 1` would make the host wait for every matrix.
+        divisors = torch._foreach_norm(corrected)
+        torch._foreach_clamp_min_(divisors, 1.0)
+        torch._foreach_div_(corrected, divisors)
+        torch._foreach_lerp_([s["momentum_buffer"] for s in states], corrected, 1 - beta)
+        if group["is_approx"]:
+            torch._foreach_copy_([s["last_grad"] for s in states], gradients)
+            for s in states:
+                s["recorded"] = True
+
+
+def _tensor(param: Any) -> Tensor:
+    """The parameter itself, where torch takes (name, parameter) too."""
+    return param[1] if isinstance(param, tuple) else param
