@@ -69,6 +69,8 @@ def download(train_shards: int, data_dir: Path | str) -> None:
     # The hub's library reads these when it is imported.
     for variable in ("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT"):
         os.environ.setdefault(variable, STALL_SECONDS)
+    # Plain HTTP: the time limits hold for it, and it resumes. Xet has rules of its own and a cache of what it fetched.
+    os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
     try:
         from filelock import FileLock
         from huggingface_hub.utils import logging

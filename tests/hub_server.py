@@ -18,13 +18,15 @@ class HubServer:
     `faults[name]` is a list of what goes wrong, one after the other, with the next requests for that file. Each is
     "METHOD kind": "HEAD 503", "GET 500", "HEAD 429", "GET drop" (the connection ends halfway), "GET reset" (broken off
     halfway), "GET stall" (halfway, then silence), "GET truncate" (half of the file, as if it were all), "GET wrong"
-    (other bytes of the right number). `requests` is what was asked for: (method, name, Range header).
+    (other bytes of the right number). `requests` is what was asked for: (method, name, Range header). With `cdn` the hub
+    answers as the real one does for large files: it redirects to another host and offers Xet.
     """
 
     def __init__(self, repo: str, files: dict[str, bytes]) -> None:
         self.repo, self.files = repo, files
         self.faults: dict[str, list[str]] = {}
         self.sha256_etag = True
+        self.cdn = False
         self.requests: list[tuple[str, str, str | None]] = []
         self.lock = threading.Lock()
         self.stopping = threading.Event()
@@ -60,7 +62,7 @@ class HubServer:
         return sum(1 for made, of, _ in self.requests if made == method and name in (None, of))
 
     def answer(self, handler, method):
-        match = re.fullmatch(rf"/datasets/{re.escape(self.repo)}/resolve/[^/]+/([^/?]+)", handler.path)
+        match = re.fullmatch(rf"(?:/datasets/{re.escape(self.repo)}/resolve/[^/]+|/cdn)/([^/?]+)", handler.path)
         name = match[1] if match else handler.path
         with self.lock:
             self.requests.append((method, name, handler.headers.get("Range")))
@@ -73,6 +75,8 @@ class HubServer:
         if fault.isdigit():
             return self.refuse(handler, int(fault), {"Retry-After": "7"} if fault == "429" else {})
         whole = self.files[name]
+        if self.cdn and not handler.path.startswith("/cdn/"):
+            return self.redirect(handler, name, whole)
         start = int(re.match(r"bytes=(\d+)-", handler.headers.get("Range") or "bytes=0-")[1])
         body = whole[start:]
         etag = hashlib.sha256(whole).hexdigest() if self.sha256_etag else hashlib.sha1(whole).hexdigest()
@@ -101,6 +105,18 @@ class HubServer:
             handler.connection.close()
         handler.close_connection = True
         return None
+
+    def redirect(self, handler, name, whole):
+        headers = {
+            "Location": f"{self.url.replace('127.0.0.1', 'localhost')}/cdn/{name}",
+            "ETag": '"of-the-redirect"',
+            "X-Linked-ETag": f'"{hashlib.sha256(whole).hexdigest()}"',
+            "X-Linked-Size": str(len(whole)),
+            "X-Repo-Commit": COMMIT,
+            "X-Xet-Hash": "f" * 64,
+            "X-Xet-Refresh-Route": f"{self.url}/xet",
+        }
+        self.refuse(handler, 302, headers)
 
     def refuse(self, handler, status, headers):
         handler.send_response(status)

@@ -149,6 +149,19 @@ def test_a_fault_that_passes_ends_in_a_right_file(hub, files, tmp_path, fault):
     assert_right(tmp_path / "d", files)
 
 
+def test_a_hub_that_redirects_to_a_cdn_and_offers_xet(hub, files, tmp_path):
+    hub.cdn = True
+    code, _, err = run(hub, tmp_path / "d", NO_PROXY="127.0.0.1,localhost")
+    assert (code, err) == (0, "")
+    assert not [name for _, name, _ in hub.requests if "xet" in name]
+    assert_right(tmp_path / "d", files)
+    (tmp_path / "d" / TRAIN).unlink()
+    hub.files[TRAIN] = files[TRAIN][:-2] + b"\0\1"
+    hub.faults[TRAIN] = ["HEAD 500"]
+    assert run(hub, tmp_path / "d", NO_PROXY="127.0.0.1,localhost")[0] == 0
+    assert (tmp_path / "d" / TRAIN).read_bytes() == hub.files[TRAIN]
+
+
 @pytest.mark.parametrize("sha256_etag", [True, False])
 def test_a_fault_that_stays_leaves_no_file(hub, files, tmp_path, sha256_etag):
     hub.sha256_etag = sha256_etag
