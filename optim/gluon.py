@@ -338,9 +338,8 @@ class Gluon(Optimizer):
                 place = (p.device_mesh, p.placements) if isinstance(p, DTensor) else p.device
                 buckets.setdefault((shape, p.dtype, place), []).append(p)
             for params in buckets.values():
-                share = max(1, BUCKET_ELEMENTS // max(1, params[0].numel()))
-                for start in range(0, len(params), share):
-                    yield _Bucket(self, group, params[start : start + share])
+                for part in _parts(params):
+                    yield _Bucket(self, group, part)
 
     def _check_layout(self) -> None:
         """Once: ranks that share the work must hold the same parameters, or they would wait for each other forever."""
@@ -380,6 +379,9 @@ class _Bucket:
 
     def gather(self) -> None:
         """Start to bring the momenta to their owners."""
+        self._exchange.gather(self._lmo_inputs)
+
+    def _lmo_inputs(self) -> list[Tensor | None]:
         optimizer, group = self._optimizer, self._group
         sharded = isinstance(self._exchange, Sharded)  # then even what stays is sent, since its owner may see a gradient
         inputs: list[Tensor | None] = []
@@ -391,7 +393,7 @@ class _Bucket:
                 inputs.append(_adamw_direction(state, group))
             else:
                 inputs.append(optimizer._lmo_input(p, group))
-        self._exchange.gather(inputs)
+        return inputs
 
     def send_directions(self) -> None:
         """Compute the directions of the members that this rank owns, and start to send them."""
@@ -444,6 +446,17 @@ def average(momenta: list[Tensor], gradients: list[Tensor], beta: float, weight:
     else:
         torch._foreach_mul_(momenta, beta)
         torch._foreach_add_(momenta, gradients, alpha=weight)
+
+
+def _parts(params: list[Tensor]) -> Iterator[list[Tensor]]:
+    """The parameters in runs of at most BUCKET_ELEMENTS elements, or of one parameter."""
+    part: list[Tensor] = []
+    for p in params:
+        if part and sum(q.numel() for q in part) + p.numel() > BUCKET_ELEMENTS:
+            yield part
+            part = []
+        part.append(p)
+    yield part
 
 
 def _replace_by_directions(members: list[Tensor | None], norm: Norm, buffers: list[Tensor | None]) -> None:

@@ -70,21 +70,21 @@ class Alone:
     four things with the members of a bucket, which come ordered by their owners. Nothing waits but `whole` and `receive`.
     """
 
-    def gather(self, momenta: list[Tensor | None]) -> None:
-        """Start to bring the momenta to their owners."""
-        self._held = momenta
+    def gather(self, momenta: Callable[[], list[Tensor | None]]) -> None:
+        """Start to bring the momenta (where they have to go nowhere, `whole` is what asks for them) to their owners."""
+        self._momenta = momenta
 
     def whole(self) -> list[Tensor | None]:
         """The momenta that this rank computes directions of, None for the others."""
-        return self._held
+        return self._momenta()
 
     def spread(self, directions: list[Tensor | None]) -> None:
         """Start to send these directions, None for a parameter that stays or that another rank owns."""
-        self._held = directions
+        self._directions = directions
 
     def receive(self) -> tuple[list[Tensor | None], Tensor | None]:
         """The direction of every member (None: it stays); 1 or 0 for each, if only its owner knows whether it moves."""
-        return self._held, None
+        return self._directions, None
 
 
 class Replicated(Alone):
@@ -132,11 +132,11 @@ class Sharded(Alone):
         shape = self._shapes[member]
         return torch.Size((*shape[: self._dim], self._cuts[member][rank], *shape[self._dim + 1 :]))
 
-    def gather(self, momenta: list[Tensor | None]) -> None:
+    def gather(self, momenta: Callable[[], list[Tensor | None]]) -> None:
         me, mine = self._ranks.rank(), self._members[self._ranks.rank()]
         sent = [sum(self._shape(i, me).numel() for i in members) for members in self._members]
         got = [sum(self._shape(i, r).numel() for i in mine) for r in range(self._ranks.size())]
-        self._travelling = _AllToAll(torch.cat([m.reshape(-1) for m in momenta]), sent, got, self._ranks)
+        self._travelling = _AllToAll(torch.cat([m.reshape(-1) for m in momenta()]), sent, got, self._ranks)
 
     def whole(self) -> list[Tensor | None]:
         mine = self._members[self._ranks.rank()]

@@ -6,9 +6,13 @@ import functools
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.distributed.checkpoint as dcp
 from ranks import Ranks
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.nn.parallel import DistributedDataParallel
 
 from optim import Gluon, GluonMVR1, GluonMVR2, GluonMVR3
@@ -28,9 +32,19 @@ def ranks(request):
     return started(request.param)
 
 
+class OneProcess:
+    """This process, without a process group."""
+
+    def run(self, function, *arguments):
+        return [function(*arguments)]
+
+    def stop(self) -> None:
+        pass
+
+
 @functools.cache
-def started(world: int) -> Ranks:
-    return Ranks(world)
+def started(world: int) -> Ranks | OneProcess:
+    return Ranks(world) if world > 1 else OneProcess()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -206,3 +220,293 @@ def test_ddp_with_unused_parameters(ranks, variant, decay):
     assert_same(answers, run())
     moved = [not torch.equal(a[-1], b[-1]) for a, b in zip(answers[0]["path"], answers[0]["path"][1:], strict=False)]
     assert not moved[0] and any(moved), "the branch stays while nobody uses it"
+
+
+# Gradients that the user reduces, and that are None somewhere
+
+
+def run_with_none(variant, decay):
+    """Gradients by hand; on each rank others of them are None."""
+    net = Net()
+    optimizer = optimizer_of(variant, net, decay)
+    me, params = dist.get_rank(), list(net.parameters())
+    path = [weights(net)]
+    for k in range(STEPS):
+
+        def closure(k=k):
+            for i, (p, g) in enumerate(zip(params, torch.autograd.grad(net(*batch(k)), params), strict=True)):
+                if (i + me + k) % 3:
+                    p.grad = g if p.grad is None else p.grad.add_(g)
+
+        optimizer.step(closure)
+        path.append(weights(net))
+    optimizer.flush()
+    path.append(weights(net))
+    owners = [optimizer._owners[p] for p in params]
+    return {"path": path, "owners": owners}
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_none_on_one_rank(ranks, variant, decay):
+    answers = ranks.run(run_with_none, variant, decay)
+    for answer in answers:
+        for mine, first in zip(answer["path"], answers[0]["path"], strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(mine, first, strict=True))
+    if variant in ("gluon", "mvr1"):  # what its owner sees decides whether a parameter moves
+        for k, (before, after) in enumerate(zip(answers[0]["path"], answers[0]["path"][1:], strict=False)):
+            for i, (a, b, owner) in enumerate(zip(before, after, answers[0]["owners"], strict=True)):
+                if k < STEPS:
+                    assert torch.equal(a, b) == ((i + owner + k) % 3 == 0), f"parameter {i} in step {k}"
+
+
+def different_parameters(extra: int):
+    net = Net()
+    params = list(net.blocks.parameters())
+    optimizer = Gluon(params[: 4 + (dist.get_rank() == 1) * extra], lr=0.1)
+    net(*batch(0)).backward()
+    with pytest.raises(RuntimeError, match="hold different parameters"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("extra", [1, -1])
+def test_ranks_with_different_parameters_are_told(ranks, extra):
+    ranks.run(different_parameters, extra)
+
+
+def in_subgroups():
+    """Two models, each on half of the ranks."""
+    me, half = dist.get_rank(), dist.get_world_size() // 2
+    halves = [dist.new_group(list(range(half))), dist.new_group(list(range(half, 2 * half)))]
+    net = Net()
+    if me >= half:  # another model, another group
+        net.extra = nn.Parameter(torch.ones(3, 3).double())
+    optimizer = optimizer_of("gluon", net, process_group=halves[me >= half])
+    if me >= half:
+        optimizer.add_param_group({"params": [net.extra]})
+    for k in range(STEPS):
+        (net(*batch(k)) + (net.extra.square().sum() if me >= half else 0)).backward()
+        optimizer.step()
+    return {"path": [weights(net)], "bytes": momentum_bytes(optimizer)}
+
+
+def test_process_group():
+    answers = started(4).run(in_subgroups)
+    net = Net()
+    optimizer = optimizer_of("gluon", net)
+    for k in range(STEPS):
+        net(*batch(k)).backward()
+        optimizer.step()
+    assert_same(answers[:2], {"path": [weights(net)]})
+    assert sum(a["bytes"] for a in answers[:2]) == momentum_bytes(optimizer)
+    assert sum(a["bytes"] for a in answers[2:]) == momentum_bytes(optimizer) + 9 * 8
+    assert all(torch.equal(a, b) for a, b in zip(answers[2]["path"][0], answers[3]["path"][0], strict=True))
+
+
+# State: whole, one rank's share, and torch.distributed.checkpoint
+
+
+def train(net: Net, optimizer: Gluon, steps: range, sharded: bool = False) -> dict:
+    """Train on (with DDP on ranks); the weights after every step, and after the last update."""
+    model = DistributedDataParallel(net) if dist.is_initialized() else net
+    path = []
+    for k in steps:
+        closure, previous = passes(model, k)
+        optimizer.step(closure, previous if isinstance(optimizer, GluonMVR2) else None)
+        path.append(weights(net))
+    optimizer.flush()
+    return {"path": [*path, weights(net)], "updates": optimizer.updates}
+
+
+def whole_run(variant, first: int, last: int) -> dict:
+    net = Net()
+    return train(net, optimizer_of(variant, net), range(first, last))
+
+
+def stop(variant, steps: int, whole: bool):
+    """Train some steps; the weights and a state_dict of the optimizer."""
+    net = Net()
+    optimizer = optimizer_of(variant, net)
+    model = DistributedDataParallel(net) if dist.is_initialized() else net
+    for k in range(steps):
+        optimizer.step(passes(model, k)[0])
+    return net.state_dict(), optimizer.full_state_dict() if whole else optimizer.state_dict()
+
+
+def go_on(variant, steps: int, saved: tuple) -> dict:
+    net = Net()
+    optimizer = optimizer_of(variant, net, decay=0.7)  # what is loaded has another
+    net.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    return train(net, optimizer, range(steps, STEPS)) | {"bytes": momentum_bytes(optimizer)}
+
+
+@functools.cache
+def tail(variant, steps: int) -> dict:
+    expected = whole_run(variant, 0, STEPS)
+    return {"path": expected["path"][steps:]}
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_full_state_dict_goes_anywhere(variant, steps):
+    saved = started(2).run(stop, variant, steps, True)
+    assert_same([go_on(variant, steps, saved[1])], tail(variant, steps))
+    answers = started(4).run(go_on, variant, steps, saved[0])
+    assert_same(answers, tail(variant, steps))
+    assert sum(a["bytes"] for a in answers) == go_on(variant, steps, saved[0])["bytes"]
+    alone_saved = stop(variant, steps, True)
+    assert_same(started(2).run(go_on, variant, steps, alone_saved), tail(variant, steps))
+
+
+def is_refused(variant, saved) -> bool:
+    try:
+        optimizer_of(variant, Net()).load_state_dict(saved[1])
+    except ValueError as error:
+        assert "momentum_buffer" in str(error) and "full_state_dict" in str(error)
+        return True
+    return False
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_one_ranks_share_is_refused(variant):
+    for saved in started(2).run(stop, variant, 2, False):
+        assert is_refused(variant, saved)
+        assert any(started(4).run(is_refused, variant, saved))
+    assert not is_refused(variant, started(2).run(stop, variant, 2, True)[0])
+
+
+def save(variant, steps: int, folder: str) -> None:
+    net = Net()
+    optimizer = optimizer_of(variant, net)
+    model = DistributedDataParallel(net) if dist.is_initialized() else net
+    for k in range(steps):
+        optimizer.step(passes(model, k)[0])
+    weights_state, state = get_state_dict(model, optimizer)
+    dcp.save({"model": weights_state, "optim": state}, checkpoint_id=folder, no_dist=not dist.is_initialized())
+
+
+def load(variant, steps: int, folder: str) -> dict:
+    net = Net()
+    optimizer = optimizer_of(variant, net)
+    model = DistributedDataParallel(net) if dist.is_initialized() else net
+    weights_state, state = get_state_dict(model, optimizer)
+    state = {"model": weights_state, "optim": state}
+    dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optim"])
+    return train(net, optimizer, range(steps, STEPS)) | {"bytes": momentum_bytes(optimizer)}
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_distributed_checkpoint_goes_anywhere(variant, steps, tmp_path):
+    for saver, loaders in ((2, (1, 2, 4)), (1, (2,)), (4, (1, 2))):
+        folder = str(tmp_path / str(saver))
+        started(saver).run(save, variant, steps, folder)
+        for loader in loaders:
+            answers = started(loader).run(load, variant, steps, folder)
+            assert_same(answers, tail(variant, steps))
+            assert {a["updates"] for a in answers} == {STEPS}
+
+
+# State: whole, one rank's share, and torch.distributed.checkpoint
+
+
+def train(net: Net, optimizer: Gluon, steps: range, sharded: bool = False) -> dict:
+    """Train on (with DDP on ranks); the weights after every step, and after the last update."""
+    model = DistributedDataParallel(net) if dist.is_initialized() else net
+    path = []
+    for k in steps:
+        closure, previous = passes(model, k)
+        optimizer.step(closure, previous if isinstance(optimizer, GluonMVR2) else None)
+        path.append(weights(net))
+    optimizer.flush()
+    return {"path": [*path, weights(net)], "updates": optimizer.updates}
+
+
+def whole_run(variant, first: int, last: int) -> dict:
+    net = Net()
+    return train(net, optimizer_of(variant, net), range(first, last))
+
+
+def stop(variant, steps: int, whole: bool):
+    """Train some steps; the weights and a state_dict of the optimizer."""
+    net = Net()
+    optimizer = optimizer_of(variant, net)
+    model = DistributedDataParallel(net) if dist.is_initialized() else net
+    for k in range(steps):
+        optimizer.step(passes(model, k)[0])
+    return net.state_dict(), optimizer.full_state_dict() if whole else optimizer.state_dict()
+
+
+def go_on(variant, steps: int, saved: tuple) -> dict:
+    net = Net()
+    optimizer = optimizer_of(variant, net, decay=0.7)  # what is loaded has another
+    net.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    return train(net, optimizer, range(steps, STEPS)) | {"bytes": momentum_bytes(optimizer)}
+
+
+@functools.cache
+def tail(variant, steps: int) -> dict:
+    expected = whole_run(variant, 0, STEPS)
+    return {"path": expected["path"][steps:]}
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_full_state_dict_goes_anywhere(variant, steps):
+    saved = started(2).run(stop, variant, steps, True)
+    assert_same([go_on(variant, steps, saved[1])], tail(variant, steps))
+    answers = started(4).run(go_on, variant, steps, saved[0])
+    assert_same(answers, tail(variant, steps))
+    assert sum(a["bytes"] for a in answers) == go_on(variant, steps, saved[0])["bytes"]
+    alone_saved = stop(variant, steps, True)
+    assert_same(started(2).run(go_on, variant, steps, alone_saved), tail(variant, steps))
+
+
+def refused(variant, saved):
+    with pytest.raises(ValueError, match=r"momentum_buffer .*full_state_dict"):
+        go_on(variant, 2, saved)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_one_ranks_share_is_refused(variant):
+    shares = started(2).run(stop, variant, 2, False)
+    for saved in shares:
+        refused(variant, saved)
+    with pytest.raises(AssertionError, match="rank"):  # ranks 2 and 3 of 4 own what neither has
+        started(4).run(go_on, variant, 2, shares[0])
+
+
+def save(variant, steps: int, folder: str) -> None:
+    net = Net()
+    optimizer = optimizer_of(variant, net)
+    model = DistributedDataParallel(net) if dist.is_initialized() else net
+    for k in range(steps):
+        optimizer.step(passes(model, k)[0])
+    weights_state, state = get_state_dict(model, optimizer)
+    dcp.save({"model": weights_state, "optim": state}, checkpoint_id=folder, no_dist=not dist.is_initialized())
+
+
+def load(variant, steps: int, folder: str) -> dict:
+    net = Net()
+    optimizer = optimizer_of(variant, net)
+    model = DistributedDataParallel(net) if dist.is_initialized() else net
+    weights_state, state = get_state_dict(model, optimizer)
+    state = {"model": weights_state, "optim": state}
+    dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optim"])
+    return train(net, optimizer, range(steps, STEPS)) | {"bytes": momentum_bytes(optimizer)}
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_distributed_checkpoint_goes_anywhere(variant, steps, tmp_path):
+    for saver, loaders in ((2, (1, 2, 4)), (1, (2,)), (4, (1, 2))):
+        folder = str(tmp_path / str(saver))
+        started(saver).run(save, variant, steps, folder)
+        for loader in loaders:
+            answers = started(loader).run(load, variant, steps, folder)
+            assert_same(answers, tail(variant, steps))
+            assert {a["updates"] for a in answers} == {STEPS}
