@@ -1,0 +1,213 @@
+"""scripts/rates.py: the recursion against a plain loop, its limits, the slopes' statistics, a quick run end to end."""
+
+import importlib.util
+import json
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+SPEC = importlib.util.spec_from_file_location("rates", ROOT / "scripts" / "rates.py")
+rates = importlib.util.module_from_spec(SPEC)
+sys.modules["rates"] = rates
+SPEC.loader.exec_module(rates)
+
+BY_NAME = {m.name: m for m in rates.METHODS}
+CAUCHY, SKEWED, LOGCOSH, QUARTIC = rates.PROBLEMS
+GLUON, MVR2 = BY_NAME["Gluon"], BY_NAME["MVR-2, γ=1"]
+
+
+def record(problem, arms, horizons, seeds):
+    """The momenta and weights of a simulation, step by step."""
+    seen = []
+    result = rates.simulate(problem, arms, horizons, seeds, watch=lambda k, X, M: seen.append((X.clone(), M.clone())))
+    return result, seen
+
+
+def plain_loop(problem, arm, K, seed):
+    """One run, written from the table of the variants with lists of everything; returns all X_k, all M_k and X_K."""
+    alpha, gamma, t, b = rates.schedule(arm, K, problem.radius)
+    beta = 1 - alpha
+    draws = torch.from_numpy(np.random.default_rng([seed, K]).standard_normal((K, 2, 4, 4)))
+    X, M = [problem.initial(seed)], []
+    for k in range(K):
+        g = problem.grad(X[k], draws[k])
+        if k == 0:
+            M.append(g)
+        else:
+            g_hat = {
+                0: lambda k: torch.full((4, 4), 7.0, dtype=torch.float64),
+                1: lambda k: problem.grad(X[k - 1], draws[k - 1]),
+                2: lambda k: problem.grad(X[k - 1], draws[k]),
+                3: lambda k: problem.grad(X[k], draws[k - 1]),
+            }[arm.method.variant](k)
+            M.append(beta * M[-1] + (1 - beta) * g + gamma * beta * (g - g_hat))
+        U, _, Vh = np.linalg.svd(M[-1].numpy())
+        X.append((1 - b) * X[-1] - t * torch.from_numpy(U @ Vh))
+    return X, M
+
+
+@pytest.mark.parametrize("problem", rates.PROBLEMS, ids=lambda p: p.name)
+def test_the_batched_recursion_is_the_plain_one(problem):
+    """Every method, two horizons and two seeds at once equal one run at a time."""
+    arms = [rates.Arm(m, 0.5 + 0.5 * i, 1.0) for i, m in enumerate(rates.METHODS)]
+    result, seen = record(problem, arms, [32, 16], [3, 5])
+    for h, K in enumerate([32, 16]):
+        for a, arm in enumerate(arms):
+            for s, seed in enumerate([3, 5]):
+                X, M = plain_loop(problem, arm, K, seed)
+                for k in range(K):
+                    torch.testing.assert_close(seen[k][0][h, a, s], X[k], rtol=0, atol=1e-9)
+                    torch.testing.assert_close(seen[k][1][h, a, s], M[k], rtol=0, atol=1e-9)
+                gap = problem.h(X[K] - problem.target).sum()
+                dual = sum(torch.linalg.matrix_norm(problem.dh(x - problem.target), "nuc") for x in X[:K]) / K
+                torch.testing.assert_close(result["gap"][h, a, s], gap, rtol=0, atol=1e-8)
+                torch.testing.assert_close(result["dual_norm"][h, a, s], dual, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("variant", [1, 2, 3])
+def test_gamma_zero_is_gluon(variant):
+    """Whatever ĝ is: bit for bit."""
+    arms = [rates.Arm(m, 1.0, 1.0) for m in (GLUON, replace(GLUON, variant=variant))]
+    _, seen = record(CAUCHY, arms, [64], [0, 1])
+    for X, M in seen:
+        assert torch.equal(X[:, 0], X[:, 1])
+        assert torch.equal(M[:, 0], M[:, 1])
+
+
+def test_mvr2_without_noise_holds_the_exact_gradient():
+    """M_k = ∇f(X_k) for γ = 1 and any β; plain momentum lags behind."""
+    problem = replace(CAUCHY, sigma=0.0)
+    arms = [rates.Arm(MVR2, 1.0, 4.0), rates.Arm(GLUON, 1.0, 4.0)]
+    _, seen = record(problem, arms, [64], [0])
+    for X, M in seen:
+        torch.testing.assert_close(M[:, 0], problem.grad(X[:, 0]), rtol=0, atol=1e-12)
+    X, M = seen[32]
+    assert (M[:, 1] - problem.grad(X[:, 1])).abs().max() > 0.05
+
+
+def test_nesterov_is_the_extrapolated_average():
+    """MVR-1 with γ = 1-β: M = (1-γ) E + γ g with E the plain average."""
+    arm = rates.Arm(BY_NAME["MVR-1, γ=1-β (Nesterov)"], 2.0, 1.0)
+    alpha, gamma, _, _ = rates.schedule(arm, 64, 0.0)
+    assert gamma == alpha
+    X, M = plain_loop(CAUCHY, arm, 64, 0)
+    draws = torch.from_numpy(np.random.default_rng([0, 64]).standard_normal((64, 2, 4, 4)))
+    E = None
+    for k in range(64):
+        g = CAUCHY.grad(X[k], draws[k])
+        E = g if E is None else (1 - alpha) * E + alpha * g
+        torch.testing.assert_close(M[k], (1 - gamma) * E + gamma * g, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("problem", rates.PROBLEMS, ids=lambda p: p.name)
+def test_problems_are_what_they_say(problem):
+    """h' is h's derivative, the noise is unbiased and of variance σ²(1 + cos²u), the minimum is at W with f* = 0."""
+    u = torch.linspace(-4, 4, 801, dtype=torch.float64, requires_grad=True)
+    (du,) = torch.autograd.grad(problem.h(u).sum(), u)
+    torch.testing.assert_close(problem.dh(u.detach()), du, rtol=1e-9, atol=1e-9)
+    assert problem.gap(problem.target) == 0
+    assert (problem.h(u.detach()) >= 0).all()
+
+    X = problem.initial(1)
+    noise = torch.from_numpy(np.random.default_rng(0).standard_normal((2, 200_000, 4, 4)))
+    error = problem.grad(X, noise) - problem.grad(X)
+    assert error.mean(0).abs().max() < 0.02
+    wanted = problem.sigma**2 * (1 + (X - problem.target).cos() ** 2)
+    torch.testing.assert_close(error.var(0), wanted, rtol=0.05, atol=0)
+    assert ((error**3).mean(0).min() > 1.0) == problem.skewed
+
+
+@pytest.mark.parametrize("problem", [LOGCOSH, QUARTIC], ids=lambda p: p.name)
+def test_star_convex_problems_satisfy_the_theorem(problem):
+    """Star-convexity along the segment to W; radius, α ≥ b for every arm, horizon; iterates stay in the ball."""
+    Z = torch.from_numpy(np.random.default_rng(0).standard_normal((2000, 4, 4)))
+    for c in (0.1, 0.5, 0.9):
+        inside = problem.gap(c * problem.target + (1 - c) * Z)
+        assert (inside <= (1 - c) * problem.gap(Z) + 1e-12).all()
+    largest = max(torch.linalg.matrix_norm(M, 2) for M in (problem.target, problem.initial(0)))
+    assert problem.radius >= largest
+    arms = [arm for m in rates.METHODS for arm in rates.arms_of(m, problem.radius)]
+    for K in (2**6, 2**11, 2**16):
+        for arm in arms:
+            alpha, _, t, b = rates.schedule(arm, K, problem.radius)
+            assert b <= alpha < 1
+            assert t == b * problem.radius
+    _, seen = record(problem, arms[:3], [64], [0])
+    assert max(torch.linalg.matrix_norm(X, 2).max() for X, _ in seen) <= problem.radius
+
+
+def test_schedules_have_the_theorys_powers():
+    for method, power_alpha, power_t in ((GLUON, -1 / 2, -3 / 4), (MVR2, -2 / 3, -2 / 3)):
+        (a, g, t, b), (a2, g2, t2, _) = (rates.schedule(rates.Arm(method, 0.5, 3.0), K, 0.0) for K in (64, 4096))
+        assert math.isclose(a2 / a, 64**power_alpha)
+        assert math.isclose(t2 / t, 64**power_t)
+        assert b == 0
+        assert g == g2 == (1.0 if method is MVR2 else 0.0)
+    b = math.log(4096) / 4096
+    for method, alpha in ((GLUON, 2 * b ** (2 / 3)), (MVR2, 2 * b)):
+        assert rates.schedule(rates.Arm(method, 2.0, 1.0), 4096, 3.0)[0] == pytest.approx(alpha)
+    assert len({len(rates.arms_of(m, r)) for m in rates.METHODS for r in (0.0,)}) == 1
+    assert len({len(rates.arms_of(m, r)) for m in rates.METHODS for r in (3.0,)}) == 1
+
+
+def test_a_known_power_law_is_recovered_and_the_interval_covers_it():
+    """y = K^-0.3 times log-normal scatter: the slope is found, and 95% intervals hold it about 95% of the time."""
+    horizons = [2**e for e in range(6, 17)]
+    exact = np.array(horizons, dtype=float) ** -0.3
+    one = rates.fit(horizons, np.tile(exact[None, :, None], (1, 1, 4)), resamples=10)
+    assert one["slope"][0] == pytest.approx(-0.3, abs=1e-12)
+    assert one["upper"][0] == pytest.approx(-0.3, abs=1e-12)
+    rng = np.random.default_rng(1)
+    scatter = np.exp(0.3 * rng.standard_normal((200, len(horizons), 16)) - 0.045)
+    f = rates.fit(horizons, exact[None, :, None] * scatter, resamples=400)
+    low, high = np.quantile(f["slope_boot"], (0.025, 0.975), axis=0)
+    assert 0.85 < np.mean((low < -0.3) & (high > -0.3)) < 0.99
+    assert abs(f["slope"].mean() + 0.3) < 0.005
+
+
+def test_differences_are_paired():
+    """Two methods that differ by a factor alone: their slopes' difference has no scatter at all."""
+    horizons = [2**e for e in range(6, 12)]
+    y = np.exp(np.random.default_rng(0).standard_normal((1, 6, 8)))
+    f = rates.fit(horizons, np.concatenate([y, 3 * y]), resamples=50)
+    assert np.ptp(f["slope_boot"][:, 0]) > 0.01
+    np.testing.assert_allclose(f["slope_boot"][:, 0], f["slope_boot"][:, 1], atol=1e-12)
+
+
+def test_a_run_does_not_depend_on_its_company():
+    """The same (seed, K) alone and among others."""
+    arms = [rates.Arm(MVR2, 1.0, 4.0)]
+    together = rates.simulate(CAUCHY, arms, [128, 64], [0, 1, 2])["gap"]
+    alone = rates.simulate(CAUCHY, arms, [64], [1])["gap"]
+    torch.testing.assert_close(together[1, 0, 1], alone[0, 0, 0], rtol=0, atol=1e-10)
+
+
+def test_quick_run_end_to_end(tmp_path, capsys):
+    """Runs, writes, is reproducible and can be drawn again; MVR-2 ends below Gluon on the noisy non-convex problem."""
+    threads = torch.get_num_threads()
+    try:
+        report = rates.main(["--quick", "--seeds", "4", "--out", str(tmp_path)])
+        for name in ("rates.json", "table.md", "rates.png"):
+            assert (tmp_path / name).stat().st_size > 1000
+        held = json.loads((tmp_path / "rates.json").read_text())
+        assert held["machine"]["torch"] == torch.__version__
+        assert held["command"].startswith("python scripts/rates.py --quick")
+        assert not set(held["seeds"]) & set(held["tuning_seeds"])
+        cauchy = held["results"]["cauchy"]
+        assert {len(v) for v in cauchy["values"].values()} == {len(held["horizons"])}
+        assert cauchy["fits"]["MVR-2, γ=1"]["last"] < cauchy["fits"]["Gluon"]["last"]
+        low, high = cauchy["fits"]["Gluon"]["slope_95"]
+        assert low <= cauchy["fits"]["Gluon"]["slope"] <= high
+        table = (tmp_path / "table.md").read_text()
+        again = rates.main(["--replot", "--out", str(tmp_path)])
+        assert (tmp_path / "table.md").read_text() == table
+        assert again["results"]["quartic"]["values"] == report["results"]["quartic"]["values"]
+        capsys.readouterr()
+    finally:
+        torch.set_num_threads(threads)
