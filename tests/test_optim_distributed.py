@@ -7,11 +7,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.distributed.checkpoint as dcp
 from ranks import Ranks
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.nn.parallel import DistributedDataParallel
 
@@ -374,109 +372,6 @@ def test_one_ranks_share_is_refused(variant):
         assert is_refused(variant, saved)
         assert any(started(4).run(is_refused, variant, saved))
     assert not is_refused(variant, started(2).run(stop, variant, 2, True)[0])
-
-
-def save(variant, steps: int, folder: str) -> None:
-    net = Net()
-    optimizer = optimizer_of(variant, net)
-    model = DistributedDataParallel(net) if dist.is_initialized() else net
-    for k in range(steps):
-        optimizer.step(passes(model, k)[0])
-    weights_state, state = get_state_dict(model, optimizer)
-    dcp.save({"model": weights_state, "optim": state}, checkpoint_id=folder, no_dist=not dist.is_initialized())
-
-
-def load(variant, steps: int, folder: str) -> dict:
-    net = Net()
-    optimizer = optimizer_of(variant, net)
-    model = DistributedDataParallel(net) if dist.is_initialized() else net
-    weights_state, state = get_state_dict(model, optimizer)
-    state = {"model": weights_state, "optim": state}
-    dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
-    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optim"])
-    return train(net, optimizer, range(steps, STEPS)) | {"bytes": momentum_bytes(optimizer)}
-
-
-@pytest.mark.parametrize("steps", [0, 1, 3])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_distributed_checkpoint_goes_anywhere(variant, steps, tmp_path):
-    for saver, loaders in ((2, (1, 2, 4)), (1, (2,)), (4, (1, 2))):
-        folder = str(tmp_path / str(saver))
-        started(saver).run(save, variant, steps, folder)
-        for loader in loaders:
-            answers = started(loader).run(load, variant, steps, folder)
-            assert_same(answers, tail(variant, steps))
-            assert {a["updates"] for a in answers} == {STEPS}
-
-
-# State: whole, one rank's share, and torch.distributed.checkpoint
-
-
-def train(net: Net, optimizer: Gluon, steps: range, sharded: bool = False) -> dict:
-    """Train on (with DDP on ranks); the weights after every step, and after the last update."""
-    model = DistributedDataParallel(net) if dist.is_initialized() else net
-    path = []
-    for k in steps:
-        closure, previous = passes(model, k)
-        optimizer.step(closure, previous if isinstance(optimizer, GluonMVR2) else None)
-        path.append(weights(net))
-    optimizer.flush()
-    return {"path": [*path, weights(net)], "updates": optimizer.updates}
-
-
-def whole_run(variant, first: int, last: int) -> dict:
-    net = Net()
-    return train(net, optimizer_of(variant, net), range(first, last))
-
-
-def stop(variant, steps: int, whole: bool):
-    """Train some steps; the weights and a state_dict of the optimizer."""
-    net = Net()
-    optimizer = optimizer_of(variant, net)
-    model = DistributedDataParallel(net) if dist.is_initialized() else net
-    for k in range(steps):
-        optimizer.step(passes(model, k)[0])
-    return net.state_dict(), optimizer.full_state_dict() if whole else optimizer.state_dict()
-
-
-def go_on(variant, steps: int, saved: tuple) -> dict:
-    net = Net()
-    optimizer = optimizer_of(variant, net, decay=0.7)  # what is loaded has another
-    net.load_state_dict(saved[0])
-    optimizer.load_state_dict(saved[1])
-    return train(net, optimizer, range(steps, STEPS)) | {"bytes": momentum_bytes(optimizer)}
-
-
-@functools.cache
-def tail(variant, steps: int) -> dict:
-    expected = whole_run(variant, 0, STEPS)
-    return {"path": expected["path"][steps:]}
-
-
-@pytest.mark.parametrize("steps", [0, 1, 3])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_full_state_dict_goes_anywhere(variant, steps):
-    saved = started(2).run(stop, variant, steps, True)
-    assert_same([go_on(variant, steps, saved[1])], tail(variant, steps))
-    answers = started(4).run(go_on, variant, steps, saved[0])
-    assert_same(answers, tail(variant, steps))
-    assert sum(a["bytes"] for a in answers) == go_on(variant, steps, saved[0])["bytes"]
-    alone_saved = stop(variant, steps, True)
-    assert_same(started(2).run(go_on, variant, steps, alone_saved), tail(variant, steps))
-
-
-def refused(variant, saved):
-    with pytest.raises(ValueError, match=r"momentum_buffer .*full_state_dict"):
-        go_on(variant, 2, saved)
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_one_ranks_share_is_refused(variant):
-    shares = started(2).run(stop, variant, 2, False)
-    for saved in shares:
-        refused(variant, saved)
-    with pytest.raises(AssertionError, match="rank"):  # ranks 2 and 3 of 4 own what neither has
-        started(4).run(go_on, variant, 2, shares[0])
 
 
 def save(variant, steps: int, folder: str) -> None:
