@@ -8,6 +8,7 @@ old weights. Each holds one momentum buffer and one gradient buffer, as Gluon do
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -63,6 +64,20 @@ class _TwoPasses(_MVR):
                 "only inside the closure"
             )
 
+    def _evaluate_again(self, closure: Closure, kept: Sequence[Tensor] = ()) -> Any:
+        """A second pass, which must leave the gradients of the first one in place for the parameters of `kept`."""
+        guards = [_Kept(p) for p in kept]
+        self._ignore_zero_grad = True
+        try:
+            loss = self._evaluate(closure)
+        finally:
+            self._ignore_zero_grad = False
+            for guard in guards:
+                guard.release()
+        for guard in guards:
+            guard.check()
+        return loss
+
     def _check_reduced(self) -> None:
         """With FSDP2, a pass that is not reduced leaves its gradient where it can be neither scaled nor subtracted."""
         sharded = [p for g in self.param_groups for p in g["params"] if isinstance(p, DTensor) and self.state[p]["steps"]]
@@ -108,19 +123,14 @@ class GluonMVR2(_TwoPasses):
         """
         self._check_ready(closure)
         self._corrected = self._has_pending() and any(self._corrects(group) for group in self.param_groups)
-        kept = []
+        kept: list[Tensor] = []
         if self._corrected:
             random_state = _RandomState(self)
             self._evaluate(previous or closure)
             random_state.restore()
             kept = self._scale_gradients()
         self._apply_update()
-        self._ignore_zero_grad = True
-        try:
-            loss = self._evaluate(closure)
-        finally:
-            self._ignore_zero_grad = False
-        _check_kept(kept)
+        loss = self._evaluate_again(closure, kept)
         self._fold_gradients()
         self._drop_gradients()
         return loss
@@ -140,8 +150,11 @@ class GluonMVR2(_TwoPasses):
         return gamma * beta > 0 and group["norm"] != "adamw"
 
     @torch.no_grad()
-    def _scale_gradients(self) -> list[tuple[Tensor, Tensor, int]]:
-        """Turn ĝ into its share of the sum that the momentum takes, and drop it where there are no previous weights."""
+    def _scale_gradients(self) -> list[Tensor]:
+        """Turn ĝ into its share of the sum that the momentum takes, and drop it where there are no previous weights.
+
+        Returns the parameters whose second gradient must be added to it.
+        """
         self._check_reduced()
         kept = []
         for group in self.param_groups:
@@ -152,10 +165,10 @@ class GluonMVR2(_TwoPasses):
                     p.grad = None
                 elif p.grad is not None:
                     gradients.append(local(p.grad))
-                    kept.append((p, p.grad))
+                    kept.append(p)
             if gradients:
                 torch._foreach_mul_(gradients, -gamma * beta / (1 - beta + gamma * beta))
-        return [(p, gradient, local(gradient)._version) for p, gradient in kept]
+        return kept
 
     def _fold(self, group: dict[str, Any], states: list[dict[str, Any]], gradients: list[Tensor]) -> None:
         beta, gamma, buffer = self._recursion(group)
@@ -204,7 +217,7 @@ class GluonMVR3(_TwoPasses):
         if corrects:
             after = _RandomState(self)
             before.restore()
-            self._evaluate(previous or closure)
+            self._evaluate_again(previous or closure)
             after.restore()
             self._check_reduced()
             self._subtract_gradients()
@@ -267,15 +280,36 @@ class _RandomState:
             torch.mps.set_rng_state(self._mps)
 
 
-def _check_kept(kept: list[tuple[Tensor, Tensor, int]]) -> None:
-    """The second pass must have added to the gradient of the first.
+class _Kept:
+    """Watches that a pass adds to the gradient that lies in `p.grad` already.
 
     DDP may move the sum into its bucket and put a view of that into `.grad`; autograd then added to the old tensor first,
-    so its version tells that apart from a `.grad` that was dropped.
+    so its version tells that apart from a `.grad` that was dropped. What zeroes the old tensor in place changes its version
+    before autograd gets there (a leaf's hook runs just before; FSDP2 adds without one and is not watched so).
     """
-    for p, gradient, version in kept:
-        if p.grad is None or (p.grad is not gradient and local(gradient)._version == version):
+
+    def __init__(self, p: Tensor) -> None:
+        self._p, self._gradient = p, p.grad
+        self._version = local(p.grad)._version
+        self._reached = self._zeroed = False
+        self._hook = p.register_hook(self._before_first_addition)
+
+    def _before_first_addition(self, _: Tensor) -> None:
+        if not self._reached:
+            self._reached = True
+            self._zeroed = self._changed()
+
+    def _changed(self) -> bool:
+        return local(self._gradient)._version != self._version
+
+    def release(self) -> None:
+        self._hook.remove()
+
+    def check(self) -> None:
+        replaced = self._p.grad is None or (self._p.grad is not self._gradient and not self._changed())
+        if replaced or self._zeroed:
             raise RuntimeError(
-                f"the .grad of a parameter of shape {tuple(p.shape)} was replaced between the two passes, which removes the "
-                "correction: the closure must zero no gradients (model.zero_grad(), p.grad = None)"
+                f"the .grad of a parameter of shape {tuple(self._p.shape)} was {'replaced' if replaced else 'changed'} "
+                "between the two passes, which removes the correction: the closure must zero no gradients "
+                "(model.zero_grad(), p.grad = None)"
             )
