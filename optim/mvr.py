@@ -285,13 +285,16 @@ class _Kept:
 
     DDP may move the sum into its bucket and put a view of that into `.grad`; autograd then added to the old tensor first,
     so its version tells that apart from a `.grad` that was dropped. What zeroes the old tensor in place changes its version
-    before autograd gets there (a leaf's hook runs just before; FSDP2 adds without one and is not watched so).
+    before autograd gets there, which a leaf's hook sees. (Not watched so: FSDP2, which adds without autograd, and views of
+    DDP's buckets, which all share one version.)
     """
 
     def __init__(self, p: Tensor) -> None:
         self._p, self._gradient = p, p.grad
         self._version = local(p.grad)._version
-        self._reached = self._zeroed = False
+        gradient = local(p.grad)
+        self._reached = gradient.untyped_storage().nbytes() > gradient.nbytes
+        self._zeroed = False
         self._hook = p.register_hook(self._before_first_addition)
 
     def _before_first_addition(self, _: Tensor) -> None:
