@@ -11,9 +11,13 @@ from ranks import Ranks
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from optim import Gluon, GluonMVR1, GluonMVR2, GluonMVR3
+from optim.sharding import local
 
 VARIANTS = {
     "gluon": (Gluon, {}),
@@ -54,7 +58,8 @@ def stopped_at_the_end():
 
 
 class Net(nn.Module):
-    """Every norm, shapes that are transposed to each other, and a branch that not every batch uses."""
+    """Many norms; shapes that are transposed to each other, that no number of ranks divides, that have three rows; and a
+    branch that not every batch uses."""
 
     def __init__(self, branch: bool = False):
         super().__init__()
@@ -62,6 +67,8 @@ class Net(nn.Module):
         self.blocks = nn.ModuleList(nn.Linear(8, 8, bias=False) for _ in range(5))
         self.gain = nn.Parameter(torch.ones(8))
         self.down = nn.Linear(8, 6, bias=False)
+        self.mix = nn.Parameter(torch.ones(3, 8))
+        self.skip = nn.Parameter(torch.ones(5, 8))
         self.head = nn.Linear(6, 5)
         self.branch = nn.Linear(8, 8, bias=False) if branch else None
         generator = torch.Generator().manual_seed(1)
@@ -78,16 +85,18 @@ class Net(nn.Module):
             used = x[:, 0] > 10
             h = torch.cat([h[~used], h[used] + self.branch(h[used])])
             y = torch.cat([y[~used], y[used]])
-        return (self.head(torch.tanh(self.down(h))) - y).square().mean()
+        h = h + torch.sin(h @ self.mix.T) @ self.mix
+        return (self.head(torch.tanh(self.down(h))) + torch.tanh(h) @ self.skip.T - y).square().mean()
 
 
 def groups(net: Net, decay: float) -> list[dict]:
-    matrices = [net.up.weight, *(b.weight for b in net.blocks), net.down.weight]
+    matrices = [net.up.weight, *(b.weight for b in net.blocks), net.down.weight, net.mix]
     if net.branch is not None:
         matrices.append(net.branch.weight)
     return [
         {"params": matrices, "norm": "spectral", "weight_decay": decay, "radius": 2.0},
         {"params": [net.head.weight], "norm": "sign", "weight_decay": decay},
+        {"params": [net.skip], "norm": "colnorm"},
         {"params": [net.gain], "norm": "rms"},
         {"params": [net.up.bias, net.head.bias], "norm": "adamw", "weight_decay": decay},
     ]
@@ -111,7 +120,7 @@ def share(tensors: tuple[Tensor, ...]) -> list[Tensor]:
 
 
 def weights(net: nn.Module) -> list[Tensor]:
-    return [p.detach().clone() for p in net.parameters()]
+    return [p.full_tensor() if isinstance(p, DTensor) else p.clone() for p in map(Tensor.detach, net.parameters())]
 
 
 def passes(net: nn.Module, k: int, micro: int = 1, make=batch):
@@ -122,6 +131,8 @@ def passes(net: nn.Module, k: int, micro: int = 1, make=batch):
         total = 0.0
         for i, (x, y) in enumerate(pieces):
             quiet = isinstance(net, DistributedDataParallel) and not (reduces and i == micro - 1)
+            if isinstance(net, FSDPModule):
+                net.set_requires_gradient_sync(i == micro - 1)
             with net.no_sync() if quiet else contextlib.nullcontext():
                 loss = net(x, y) / micro
                 loss.backward()
@@ -132,7 +143,8 @@ def passes(net: nn.Module, k: int, micro: int = 1, make=batch):
 
 
 def momentum_bytes(optimizer: Gluon) -> int:
-    return sum(b.nbytes for state in optimizer.state.values() for b in state.values() if isinstance(b, Tensor))
+    buffers = [b for state in optimizer.state.values() for b in state.values() if isinstance(b, Tensor)]
+    return sum(local(b).nbytes for b in buffers)
 
 
 def run_ddp(variant, decay=0.1, micro=1, quiet=True, branch=False, make=batch, options=None, **ddp):
@@ -405,3 +417,48 @@ def test_distributed_checkpoint_goes_anywhere(variant, steps, tmp_path):
             answers = started(loader).run(load, variant, steps, folder)
             assert_same(answers, tail(variant, steps))
             assert {a["updates"] for a in answers} == {STEPS}
+
+
+# FSDP2
+
+
+def sharded_net(mesh_shape: tuple[int, ...] | None = None) -> Net:
+    """The net, sharded over the ranks (or (replicas, shards)); the same net where there is one process."""
+    net = Net()
+    if not dist.is_initialized():
+        return net
+    mesh_shape = mesh_shape or (dist.get_world_size(),)
+    mesh = init_device_mesh("cpu", mesh_shape, mesh_dim_names=("replicate", "shard")[-len(mesh_shape) :])
+    for block in net.blocks[:3]:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(net, mesh=mesh)
+
+
+def run_fsdp(variant, micro=1, mesh_shape=None) -> dict:
+    net = sharded_net(mesh_shape)
+    optimizer = optimizer_of(variant, net)
+    path = [weights(net)]
+    for k in range(STEPS):
+        optimizer.step(passes(net, k, micro)[0])
+        path.append(weights(net))
+    optimizer.flush()
+    for p, state in optimizer.state.items():
+        for buffer in filter(lambda b: isinstance(b, Tensor), state.values()):
+            assert (buffer.placements, buffer.shape, buffer.device_mesh) == (p.placements, p.shape, p.device_mesh)
+            assert local(buffer).shape == local(p).shape
+    return {"path": [*path, weights(net)], "bytes": momentum_bytes(optimizer)}
+
+
+@pytest.mark.parametrize("micro", [1, 2])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_fsdp(ranks, variant, micro):
+    answers = ranks.run(run_fsdp, variant, micro)
+    assert_same(answers, alone(variant))
+    assert sum(a["bytes"] for a in answers) == alone(variant)["bytes"]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_hybrid_sharding(variant):
+    answers = started(4).run(run_fsdp, variant, 1, (2, 2))
+    assert_same(answers, alone(variant))
+    assert sum(a["bytes"] for a in answers) == 2 * alone(variant)["bytes"]
