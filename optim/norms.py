@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from optim.polar import METHODS, length, nonzero, polar
+from optim.polar import METHODS, normalized, polar
 
 SCALES = ("scion", "muon", "moonlight", "none")
 
@@ -94,9 +94,10 @@ def _matrix(w: Tensor) -> Tensor:
     return w.flatten(1) if w.ndim > 2 else w
 
 
-def _unit(m: Tensor, dim: tuple[int, ...] | int | None, overwrite: bool) -> Tensor:
-    """M over its Euclidean norm along `dim`; zero where that is zero."""
-    return torch.div(m, nonzero(length(m, dim)), out=m if overwrite else None)
+def _length(m: Tensor, dim: int | None = None) -> Tensor:
+    """The Euclidean norm along `dim`; the squares are summed in float64 where the device has it."""
+    wide = torch.float64 if m.device.type != "mps" else torch.float32
+    return torch.linalg.vector_norm(m, dim=dim, dtype=wide).to(m.dtype)
 
 
 class Spectral(Norm):
@@ -144,16 +145,16 @@ class ColNorm(Norm):
     _dim = -2
 
     def direction(self, m: Tensor, overwrite: bool = False) -> Tensor:
-        return _unit(m, self._dim, overwrite)
+        return normalized(m, self._dim, overwrite=overwrite)
 
     def _factor(self, shape: torch.Size) -> float:
         return math.sqrt(shape[0])
 
     def _base(self, w: Tensor) -> Tensor:
-        return length(w, self._dim).amax()
+        return _length(w, self._dim).amax()
 
     def _dual_base(self, m: Tensor) -> Tensor:
-        return length(m, self._dim).sum()
+        return _length(m, self._dim).sum()
 
 
 class RowNorm(ColNorm):
@@ -172,13 +173,13 @@ class Frobenius(Norm):
     name = "frobenius"
 
     def direction(self, m: Tensor, overwrite: bool = False) -> Tensor:
-        return _unit(m, None, overwrite)
+        return normalized(m, None, overwrite=overwrite)
 
     def _base(self, w: Tensor) -> Tensor:
-        return length(w).squeeze()
+        return _length(w)
 
     def _dual_base(self, m: Tensor) -> Tensor:
-        return length(m).squeeze()
+        return _length(m)
 
 
 class RMS(Frobenius):

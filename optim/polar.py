@@ -33,19 +33,21 @@ def work_dtype(matrix: Tensor, method: str) -> torch.dtype:
     return torch.bfloat16 if matrix.device.type == "cuda" and method != "svd" else torch.float32
 
 
-def length(x: Tensor, dim: tuple[int, ...] | int | None = None) -> Tensor:
-    """The Euclidean norm along `dim`, kept as a dimension of size 1, in float32 at least.
+def normalized(x: Tensor, dim: tuple[int, ...] | int | None, safety: float = 1.0, overwrite: bool = False) -> Tensor:
+    """x over `safety` times its Euclidean norm along `dim`; zero where that is zero. In x itself where `overwrite` allows it.
 
-    The squares are summed in float64 where the device has it: float32 loses them for entries below 1e-19 or above 1e19.
+    A power of two brings the entries near 1 first: float32 loses the squares of entries below 1e-19 or above 1e19.
     """
-    wide = torch.float64 if x.device.type != "mps" else torch.float32
-    norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=wide)
-    return norm.to(torch.promote_types(x.dtype, torch.float32))
+    wide = torch.promote_types(x.dtype, torch.float32)
+    total = torch.linalg.vector_norm(x, 1, dim=dim, keepdim=True, dtype=wide)
+    power = (total * (total.numel() / max(1, x.numel()))).log2_().round_().exp2_()
+    x = torch.div(x, _nonzero(power), out=x if overwrite else None)
+    return x.div_(_nonzero(torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=wide) * safety))
 
 
-def nonzero(norm: Tensor) -> Tensor:
+def _nonzero(divisor: Tensor) -> Tensor:
     """A divisor that leaves zeros zero and lets NaN through."""
-    return torch.where(norm == 0, 1, norm)
+    return torch.where(divisor == 0, 1, divisor)
 
 
 def polar(matrix: Tensor, method: str = "polar_express", steps: int | None = None, *, overwrite: bool = False) -> Tensor:
@@ -71,8 +73,7 @@ def polar(matrix: Tensor, method: str = "polar_express", steps: int | None = Non
     shape = x.shape
     x = x.reshape(-1, *shape[-2:])
     # ‖X‖_F bounds every singular value.
-    divisor = nonzero(length(x, (-2, -1)) * safety)
-    x = x.div_(divisor) if overwrite and x.dtype == dtype else torch.div(x, divisor).to(dtype)
+    x = normalized(x, (-2, -1), safety, overwrite and x.dtype == dtype).to(dtype)
     x = _iterate(x, rows).view(shape)
     return x.mT if tall else x
 
