@@ -78,15 +78,23 @@ class _TwoPasses(_MVR):
             guard.check()
         return loss
 
-    def _check_reduced(self) -> None:
-        """With FSDP2, a pass that is not reduced leaves its gradient where it can be neither scaled nor subtracted."""
-        sharded = [p for g in self.param_groups for p in g["params"] if isinstance(p, DTensor) and self.state[p]["steps"]]
-        if sharded and all(p.grad is None for p in sharded):
+    def _evaluate(self, closure: Closure) -> Any:
+        """A pass. With FSDP2, one that reduces nothing leaves its gradient where it can be neither scaled nor subtracted."""
+        before = self._sharded_gradients()
+        loss = super()._evaluate(closure)
+        after = self._sharded_gradients()
+        if before and all(a is b and v == w for (a, v), (b, w) in zip(before, after, strict=True)):
             raise RuntimeError(
                 f"{type(self).__name__}: a pass left no gradient in .grad of the sharded parameters, and the correction "
                 "would be wrong without a word: with FSDP2 both passes must reduce, so do not call "
                 "set_requires_gradient_sync(False) for the last micro-batch of a pass"
             )
+        return loss
+
+    def _sharded_gradients(self) -> list[tuple[Tensor | None, int]]:
+        """The gradients of the DTensors, and how often each has been written."""
+        sharded = [p.grad for g in self.param_groups for p in g["params"] if isinstance(p, DTensor) and p.requires_grad]
+        return [(gradient, 0 if gradient is None else local(gradient)._version) for gradient in sharded]
 
 
 class GluonMVR2(_TwoPasses):
@@ -155,7 +163,6 @@ class GluonMVR2(_TwoPasses):
 
         Returns the parameters whose second gradient must be added to it.
         """
-        self._check_reduced()
         kept = []
         for group in self.param_groups:
             beta, gamma, _ = self._recursion(group)
@@ -219,7 +226,6 @@ class GluonMVR3(_TwoPasses):
             before.restore()
             self._evaluate_again(previous or closure)
             after.restore()
-            self._check_reduced()
             self._subtract_gradients()
             self._drop_gradients()
         return loss

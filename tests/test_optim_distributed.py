@@ -2,6 +2,8 @@
 
 import contextlib
 import functools
+import itertools
+from unittest import mock
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from optim import Gluon, GluonMVR1, GluonMVR2, GluonMVR3
+from optim import Gluon, GluonMVR1, GluonMVR2, GluonMVR3, gluon
 from optim.sharding import local
 
 VARIANTS = {
@@ -386,37 +388,51 @@ def test_one_ranks_share_is_refused(variant):
     assert not is_refused(variant, started(2).run(stop, variant, 2, True)[0])
 
 
-def save(variant, steps: int, folder: str) -> None:
+def parallel_net(kind: str) -> tuple[Net, nn.Module]:
+    """The net, and what is called: under DDP, FSDP2, or (one process) the net itself."""
+    if kind == "fsdp":
+        net = sharded_net()
+        return net, net
     net = Net()
+    return net, DistributedDataParallel(net) if dist.is_initialized() else net
+
+
+def save(kind: str, variant, steps: int, folder: str) -> None:
+    net, model = parallel_net(kind)
     optimizer = optimizer_of(variant, net)
-    model = DistributedDataParallel(net) if dist.is_initialized() else net
     for k in range(steps):
         optimizer.step(passes(model, k)[0])
     weights_state, state = get_state_dict(model, optimizer)
     dcp.save({"model": weights_state, "optim": state}, checkpoint_id=folder, no_dist=not dist.is_initialized())
 
 
-def load(variant, steps: int, folder: str) -> dict:
-    net = Net()
-    optimizer = optimizer_of(variant, net)
-    model = DistributedDataParallel(net) if dist.is_initialized() else net
+def load(kind: str, variant, steps: int, folder: str) -> dict:
+    net, model = parallel_net(kind)
+    optimizer = optimizer_of(variant, net, decay=0.7)
     weights_state, state = get_state_dict(model, optimizer)
     state = {"model": weights_state, "optim": state}
     dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optim"])
-    return train(net, optimizer, range(steps, STEPS)) | {"bytes": momentum_bytes(optimizer)}
+    path = []
+    for k in range(steps, STEPS):
+        optimizer.step(passes(model, k)[0])
+        path.append(weights(net))
+    optimizer.flush()
+    return {"path": [*path, weights(net)], "updates": optimizer.updates, "bytes": momentum_bytes(optimizer)}
 
 
 @pytest.mark.parametrize("steps", [0, 1, 3])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_distributed_checkpoint_goes_anywhere(variant, steps, tmp_path):
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_distributed_checkpoint_goes_anywhere(kind, variant, steps, tmp_path):
     for saver, loaders in ((2, (1, 2, 4)), (1, (2,)), (4, (1, 2))):
         folder = str(tmp_path / str(saver))
-        started(saver).run(save, variant, steps, folder)
+        started(saver).run(save, kind, variant, steps, folder)
         for loader in loaders:
-            answers = started(loader).run(load, variant, steps, folder)
+            answers = started(loader).run(load, kind, variant, steps, folder)
             assert_same(answers, tail(variant, steps))
             assert {a["updates"] for a in answers} == {STEPS}
+            assert sum(a["bytes"] for a in answers) == alone(variant)["bytes"]
 
 
 # FSDP2
@@ -462,3 +478,55 @@ def test_hybrid_sharding(variant):
     answers = started(4).run(run_fsdp, variant, 1, (2, 2))
     assert_same(answers, alone(variant))
     assert sum(a["bytes"] for a in answers) == 2 * alone(variant)["bytes"]
+
+
+def unreduced(variant, steps: int, which: str) -> None:
+    """A step, one pass of which keeps its gradients to itself."""
+    net = sharded_net()
+    optimizer = optimizer_of(variant, net)
+    for k in range(steps):
+        optimizer.step(passes(net, k)[0])
+    reduced, _ = passes(net, steps)
+
+    def quiet():
+        net.set_requires_gradient_sync(False)
+        loss = net(*share(batch(steps)))
+        loss.backward()
+        return loss
+
+    closure, previous = (reduced, quiet) if which == "previous" else (quiet, quiet if which == "both" else reduced)
+    with pytest.raises(RuntimeError, match="set_requires_gradient_sync"):
+        optimizer.step(closure, previous)
+
+
+@pytest.mark.parametrize("which", ["previous", "closure", "both"])
+@pytest.mark.parametrize("variant", ["mvr2", "nested", "mvr3"])
+def test_fsdp_refuses_a_pass_that_does_not_reduce(ranks, variant, which):
+    ranks.run(unreduced, variant, 2, which)
+    if variant == "mvr3" or which != "previous":  # which MVR-2 does not call in its first step
+        ranks.run(unreduced, variant, 0, which)
+
+
+def peak_of_a_step(variant, bucket: int) -> tuple[int, int, int]:
+    """Bytes of the momentum that this rank keeps, of the whole model's, and the most that a step holds beside it."""
+    net = nn.Sequential(*(nn.Linear(32, 32, bias=False) for _ in range(32))).double()
+    fully_shard(net, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    optimizer = VARIANTS[variant][0](net.parameters(), lr=0.1)
+    for p in net.parameters():
+        p.grad = torch.ones_like(p)
+    with (
+        mock.patch.object(gluon, "BUCKET_ELEMENTS", bucket),
+        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile,
+    ):
+        optimizer.step()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
+    return momentum_bytes(optimizer), sum(p.numel() * 8 for p in net.parameters()), max(held)
+
+
+@pytest.mark.parametrize("variant", ["gluon", "mvr1"])
+def test_no_rank_ever_holds_the_whole_momentum(variant):
+    for own, whole, peak in started(4).run(peak_of_a_step, variant, 4 * 32 * 32):
+        assert own == whole / 4
+        assert own + peak < 0.75 * whole
+    assert all(own + peak > whole for own, whole, peak in started(4).run(peak_of_a_step, variant, 2**25))  # it counts
