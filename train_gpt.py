@@ -107,16 +107,15 @@ def train(config: Config) -> None:
     micro = max(m for m in range(1, min(rows, config.micro_batch_size) + 1) if rows % m == 0)
     accumulation = rows // micro
 
-    # Model and optimizer. `model` keeps the names, `net` is what runs: compiled, and reducing gradients over the ranks.
+    # Model and optimizer: `model` keeps the names, `compiled` is what runs, `net` also reduces gradients over the ranks.
     dtype = config.dtype if config.dtype != "auto" else "bfloat16" if on_cuda else "float32"
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
     model = GPT(GPTConfig(config.vocab_size, config.n_layer, config.n_head, config.d_model, config.seq_len))
     model.to(device, torch.float64 if dtype == "float64" else torch.float32)
-    net: nn.Module = model
-    if config.compile == "on" or (config.compile == "auto" and on_cuda):
-        net = torch.compile(net)
+    compiled = torch.compile(model) if config.compile == "on" or (config.compile == "auto" and on_cuda) else model
+    net = compiled
     if ranks.size > 1:
-        net = DistributedDataParallel(net, gradient_as_bucket_view=True)
+        net = DistributedDataParallel(compiled, gradient_as_bucket_view=True, broadcast_buffers=False)
     optimizer = build_optimizer(model, config)
 
     # Where to start, and where to write.
@@ -152,7 +151,7 @@ def train(config: Config) -> None:
     def evaluate() -> None:
         clock.stop()
         ranks.check_identical(model)
-        record(optimizer.updates, val_loss=validate(net, val_stream, config, ranks, autocast))
+        record(optimizer.updates, val_loss=validate(compiled, val_stream, config, ranks, autocast))
         clock.start()
 
     def save(step: int) -> None:

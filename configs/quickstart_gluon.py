@@ -11,10 +11,12 @@ n_layer = 4
 n_head = 2
 d_model = 128
 
-lr = 2e-3
-steps = 200
+lr = 1e-3
+block_radius = 20.0
+embed_radius = 100.0
+steps = 160
 
 val_every = 20
-val_tokens = 65536
+val_tokens = 32768
 log_every = 1
-checkpoint_every = 100
+checkpoint_every = 80

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Trains Gluon and Gluon-MVR-1, -2, -3 on the embedded text, and draws their validation-loss curves.
+# Everything that it needs is installed into .venv. Run it again to go on after an interruption.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source scripts/setup.sh requirements.txt
+runs="quickstart_gluon quickstart_mvr1 quickstart_mvr2 quickstart_mvr3"
+
+train() { .venv/bin/python train_gpt.py --config "configs/$1.py" --resume auto | cat; }
+
+# The small model leaves a GPU, or all but one core, idle: a GPU takes the runs one by one, a CPU two at a time.
+if .venv/bin/python -c 'import torch, sys; sys.exit(not torch.cuda.is_available())'; then
+  for run in $runs; do train "$run"; done
+else
+  export OMP_NUM_THREADS=1
+  # The two dear ones first, so that the cheap ones fill what is left of both cores.
+  printf '%s\n' quickstart_mvr2 quickstart_mvr3 quickstart_gluon quickstart_mvr1 |
+    xargs -P 2 -I{} bash -c 'set -o pipefail; .venv/bin/python train_gpt.py --config configs/{}.py --resume auto | cat'
+fi
+.venv/bin/python scripts/plot.py $(printf 'results/%s ' $runs) --out results/quickstart.png

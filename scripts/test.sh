@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Runs the whole test suite; arguments go to pytest. Everything that it needs is installed into .venv.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source scripts/setup.sh requirements-dev.txt
+export OMP_NUM_THREADS=1
+.venv/bin/python -m ruff check .
+.venv/bin/python -m ruff format --check .
+exec .venv/bin/python -m pytest "$@"
