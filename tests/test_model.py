@@ -1,0 +1,136 @@
+"""The reference GPT-124M, and the cross-entropy that never holds all logits."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import model as model_module
+from model import GPT, GPTConfig, linear_cross_entropy, rotary_table, rotate
+
+SMALL = GPTConfig(vocab_size=61, n_layer=2, n_head=2, d_model=32, seq_len=16)
+
+
+def small(seed: int = 0, dtype: torch.dtype = torch.float64) -> GPT:
+    torch.manual_seed(seed)
+    return GPT(SMALL).to(dtype)
+
+
+def test_the_reference_model_has_its_123_568_128_parameters():
+    with torch.device("meta"):
+        shapes = [tuple(p.shape) for p in GPT(GPTConfig()).parameters()]
+    assert sum(math.prod(s) for s in shapes) == 123_568_128
+    assert shapes.count((768, 768)) == 48 and shapes.count((3072, 768)) == 12 and shapes.count((768, 3072)) == 12
+    assert shapes.count((50304, 768)) == 1 and len(shapes) == 73
+
+
+def test_initial_weights():
+    gpt = GPT(GPTConfig(vocab_size=100, n_layer=2, n_head=2, d_model=64, seq_len=8))
+    for name, w in gpt.named_parameters():
+        if name.endswith(("attention.o.weight", "mlp.proj.weight")):
+            assert not w.any(), name
+        else:
+            w, bound = w.detach(), 1 / math.sqrt(w.size(1))
+            assert bound * 0.95 < w.abs().max() <= bound, name
+            assert w.std() == pytest.approx(bound / math.sqrt(3), rel=0.05), name
+
+
+def test_at_the_start_the_blocks_get_no_gradient():
+    gpt = small()
+    idx = torch.randint(61, (2, 16))
+    gpt(idx, idx.roll(-1, 1)).backward()
+    for name, w in gpt.blocks.named_parameters():
+        moves = name.endswith(("attention.o.weight", "mlp.proj.weight"))
+        assert bool(w.grad.any()) == moves, name
+
+
+def test_at_the_start_the_tied_head_predicts_its_input():
+    """So the loss is far above ln V on text: 16 for the reference model (see design of the initialisation)."""
+    gpt = small()
+    idx = torch.randint(61, (2, 16))
+    assert torch.equal(gpt(idx).argmax(-1), idx)
+    assert gpt(idx, idx.roll(-1, 1)) > math.log(61)
+
+
+def test_loss_and_gradients_are_those_of_plain_cross_entropy(monkeypatch):
+    monkeypatch.setitem(model_module._CHUNK, "cpu", 61 * 5)  # 32 rows in chunks of 5
+    gpt = small()
+    for p in gpt.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    idx, targets = torch.randint(61, (2, 16)), torch.randint(61, (2, 16))
+    loss = gpt(idx, targets)
+    loss.backward()
+    chunked = [p.grad.clone() for p in gpt.parameters()]
+    gpt.zero_grad()
+    plain = F.cross_entropy(gpt(idx).flatten(0, 1), targets.flatten())
+    plain.backward()
+    assert loss.item() == pytest.approx(plain.item(), rel=1e-14)
+    for a, p in zip(chunked, gpt.parameters(), strict=True):
+        assert (a - p.grad).norm() < 1e-12 * p.grad.norm()
+    with torch.no_grad():
+        assert gpt(idx, targets).item() == pytest.approx(plain.item(), rel=1e-14)
+
+
+def test_cross_entropy_gradient_numerically(monkeypatch):
+    monkeypatch.setitem(model_module._CHUNK, "cpu", 11 * 3)
+    x = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(11, 5, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(11, (7,))
+    assert torch.autograd.gradcheck(lambda x, w: 3 * linear_cross_entropy(x, w, targets), (x, w))
+
+
+def test_all_logits_never_exist_at_once():
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                largest = max(largest, out.numel())
+            return out
+
+    rows, vocabulary = 2048, 8192
+    x = torch.randn(rows, 8, requires_grad=True)
+    w = torch.randn(vocabulary, 8, requires_grad=True)
+    with Watch():
+        linear_cross_entropy(x, w, torch.randint(vocabulary, (rows,))).backward()
+    assert largest <= model_module._CHUNK["cpu"] < rows * vocabulary
+
+
+def test_autocast_gives_a_float32_loss_near_the_exact_one():
+    gpt = small(dtype=torch.float32)
+    idx, targets = torch.randint(61, (2, 16)), torch.randint(61, (2, 16))
+    exact = gpt(idx, targets)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = gpt(idx, targets)
+    loss.backward()
+    assert loss.dtype == torch.float32 and exact.dtype == torch.float32
+    assert loss.item() == pytest.approx(exact.item(), rel=2e-2)
+    assert all(p.grad.dtype == torch.float32 for p in gpt.parameters())
+
+
+def test_no_position_sees_a_later_one():
+    gpt = small()
+    for p in gpt.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    idx = torch.randint(61, (1, 16))
+    changed = idx.clone()
+    changed[0, 9] = (idx[0, 9] + 1) % 61
+    a, b = gpt(idx), gpt(changed)
+    assert torch.allclose(a[:, :9], b[:, :9], atol=1e-12) and not torch.allclose(a[:, 9:], b[:, 9:], atol=1e-3)
+
+
+def test_rotary_scores_depend_on_the_distance_alone():
+    cos, sin = (t.double() for t in rotary_table(16, 8))
+    q, k = torch.randn(8, dtype=torch.float64).expand(1, 1, 16, 8), torch.randn(8, dtype=torch.float64).expand(1, 1, 16, 8)
+    scores = (rotate(q, cos, sin) @ rotate(k, cos, sin).mT)[0, 0]
+    for offset in range(-15, 16):
+        diagonal = scores.diagonal(offset)
+        assert (diagonal - diagonal[0]).abs().max() < 1e-5  # the table is float32
+
+
+def test_sequences_that_are_too_long_are_refused():
+    with pytest.raises(ValueError, match="at most 16 tokens, got 17"):
+        small()(torch.zeros(1, 17, dtype=torch.int64))
