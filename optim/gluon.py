@@ -130,6 +130,9 @@ class Gluon(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         updates = self.param_groups[0]["updates"] if self.param_groups else 0
+        if not isinstance(param_group["params"], Tensor | set):  # torch refuses a set
+            param_group["params"] = list(param_group["params"])
+        self._check_unique(param_group["params"])
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -149,6 +152,14 @@ class Gluon(Optimizer):
             if self._owns(p):
                 self.state[p] |= {name: _buffer_like(p) for name in self._buffer_names(group)}
 
+    def _check_unique(self, params: Tensor | Iterable[Any]) -> None:
+        seen = {p for group in self.param_groups for p in group["params"]}
+        for p in [params] if isinstance(params, Tensor) else params:
+            p = p[1] if isinstance(p, tuple) else p  # (name, parameter)
+            if isinstance(p, Tensor) and p in seen:
+                raise ValueError(f"params must name every parameter once, got one of shape {tuple(p.shape)} twice")
+            seen.add(p)
+
     def _check_group(self, group: dict[str, Any]) -> None:
         def require(name: str, ok: bool, allowed: str) -> None:
             if not ok:
@@ -166,11 +177,7 @@ class Gluon(Optimizer):
         pair = isinstance(betas, tuple | list) and len(betas) == 2
         require("betas", pair and all(is_number(b) and 0 <= float(b) < 1 for b in betas), "two numbers in [0, 1)")
         get_norm("rms", torch.Size(()), group["scale"], group["polar"])
-        seen: set[Tensor] = set()
         for p in group["params"]:
-            if p in seen:
-                raise ValueError(f"params must name every parameter once, got one of shape {tuple(p.shape)} twice in a group")
-            seen.add(p)
             if not p.is_floating_point():
                 raise ValueError(f"params must be real floating-point tensors, got one of dtype {p.dtype}")
             _norm(group, p)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from optim.gluon import Closure, Gluon, average
+from optim.gluon import Closure, Gluon, average, is_number
 from optim.sharding import local
 
 
@@ -28,7 +28,7 @@ class _MVR(Gluon):
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
         gamma = group["gamma"]
-        if isinstance(gamma, bool) or not isinstance(gamma, int | float) or not 0 <= gamma < math.inf:
+        if not is_number(gamma) or not 0 <= float(gamma) < math.inf:
             raise ValueError(f"gamma must be a finite number ≥ 0, got {gamma!r}")
 
 
@@ -196,7 +196,7 @@ class GluonMVR2(_TwoPasses):
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
         inner = group["inner"]
-        if inner is not None and not (isinstance(inner, int | float) and 0 < inner <= 1):
+        if inner is not None and not (is_number(inner) and 0 < inner <= 1):
             raise ValueError(f"inner must be None or a number in (0, 1], got {inner!r}")
 
 

@@ -208,7 +208,7 @@ def get_norm(
     """
     if name == "auto":
         name = "spectral" if len(shape) >= 2 else "rms"
-    if name not in NORMS:
+    if not isinstance(name, str) or name not in NORMS:
         raise ValueError(f"norm must be one of {', '.join([*NORMS, 'adamw', 'auto'])}, got {name!r}")
     norm = NORMS[name](scale, polar, steps)
     if len(shape) < norm.min_ndim:

@@ -76,7 +76,8 @@ class Alone:
 
     def whole(self) -> list[Tensor | None]:
         """The momenta that this rank computes directions of, None for the others."""
-        return self._momenta()
+        momenta, self._momenta = self._momenta, None  # held on, a bucket and its directions would live until the next gc
+        return momenta()
 
     def spread(self, directions: list[Tensor | None]) -> None:
         """Start to send these directions, None for a parameter that stays or that another rank owns."""
