@@ -1,0 +1,546 @@
+"""MuonMVR against a plain float64 reference, and the four training loops that its README describes."""
+
+import copy
+import io
+import math
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+from optim import MuonMVR
+
+BETA, GAMMA, LR, DECAY = 0.9, 0.3, 0.05, 0.1
+BETAS, EPS = (0.8, 0.95), 1e-6
+OPTIONS = {"lr": LR, "momentum": BETA, "gamma": GAMMA, "weight_decay": DECAY, "adamw_betas": BETAS, "eps": EPS}
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(5, 7), nn.Linear(7, 4, bias=False)
+        self.gain = nn.Parameter(torch.ones(4))
+        self.double()
+
+    def forward(self, x, y):
+        return (self.second(torch.tanh(self.first(x))) * self.gain - y).square().mean()
+
+
+def batches(count, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(count):
+        x = torch.randn(6, 5, dtype=torch.float64, generator=generator)
+        yield x, torch.randn(6, 4, dtype=torch.float64, generator=generator) + x[:, :4].sin()
+
+
+def weights(net):
+    return [p.detach().clone() for p in net.parameters()]
+
+
+def gradient(at: list[Tensor], micro_batches) -> list[Tensor]:
+    """The mean gradient of some micro-batches, at these weights."""
+    net = Net()
+    with torch.no_grad():
+        for p, w in zip(net.parameters(), at, strict=True):
+            p.copy_(w)
+    loss = sum(net(x, y) for x, y in micro_batches) / len(micro_batches)
+    return [g.clone() for g in torch.autograd.grad(loss, list(net.parameters()))]
+
+
+def reference(steps, last_of, gamma=GAMMA):
+    """X_0, X_1, … as the formula says. `last_of(k, x, x_old, g_old)` is what step k compares with, or None."""
+    x, path, x_old, g_old = weights(Net()), [], None, None
+    first, second = ([torch.zeros_like(w) for w in x] for _ in range(2))
+    for k, micro_batches in enumerate(steps):
+        g = gradient(x, micro_batches)
+        last = last_of(k, x, x_old, g_old)
+        x_old, g_old = x, g
+        moved = []
+        for i, w in enumerate(x):
+            if w.ndim == 2:
+                c = g[i] if last is None else g[i] + gamma * BETA / (1 - BETA) * (g[i] - last[i])
+                if c.norm() > 1:
+                    c = c / c.norm()
+                first[i] = BETA * first[i] + (1 - BETA) * c
+                u, _, vh = torch.linalg.svd(first[i], full_matrices=False)
+                update = 0.2 * math.sqrt(max(w.shape)) * u @ vh
+            else:
+                first[i] = BETAS[0] * first[i] + (1 - BETAS[0]) * g[i]
+                second[i] = BETAS[1] * second[i] + (1 - BETAS[1]) * g[i] ** 2
+                m, v = first[i] / (1 - BETAS[0] ** (k + 1)), second[i] / (1 - BETAS[1] ** (k + 1))
+                update = m / (v.sqrt() + EPS)
+            moved.append((1 - LR * DECAY) * w - LR * update)
+        x = moved
+        path.append(x)
+    return path
+
+
+def assert_path(path, expected):
+    assert len(path) == len(expected)
+    for k, (ours, theirs) in enumerate(zip(path, expected, strict=True)):
+        for a, b in zip(ours, theirs, strict=True):
+            assert (a - b).norm() < 1e-10 * b.norm(), f"after step {k}"
+
+
+def assert_other_path(path, expected):
+    assert any((a - b).norm() > 1e-4 * b.norm() for a, b in zip(path[-1], expected[-1], strict=True))
+
+
+# ---- the loops of the README ----------------------------------------------------------------------------------------------
+
+
+def standard_loop(net, optimizer, data, in_place=False):
+    """1 (MVR-3) and, with is_approx=True, 4 (MVR-1): the previous batch first, at the current weights."""
+    path, previous = [], None
+    for batch in data:
+        if previous is not None:
+            net(*previous).backward()
+            optimizer.update_last_grad()
+            optimizer.zero_grad(set_to_none=not in_place)
+        net(*batch).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        previous = batch
+        path.append(weights(net))
+    return path
+
+
+def accumulation_loop(net, optimizer, data, accum_steps):
+    """2, as its prose says: both losses over `accum_steps`, a step when all micro-batches have been accumulated."""
+    path, previous, current = [], [], []
+    for batch in data:
+        current.append(batch)
+        if len(current) < accum_steps:
+            continue
+        if previous:
+            for micro_batch in previous:
+                (net(*micro_batch) / accum_steps).backward()
+            optimizer.update_last_grad()
+            optimizer.zero_grad()
+        for micro_batch in current:
+            (net(*micro_batch) / accum_steps).backward()
+        optimizer.step()
+        previous, current = current, []
+        path.append(weights(net))
+    return path
+
+
+def printed_accumulation_loop(net, optimizer, data, accum_steps):
+    """2, in the order of its README, which trains nothing."""
+    previous = None
+    for i, batch in enumerate(data):
+        (net(*batch) / accum_steps).backward()
+        if previous is not None:
+            (net(*previous) / accum_steps).backward()
+            optimizer.update_last_grad()
+            optimizer.zero_grad(set_to_none=True)
+        if (i + 1) % accum_steps == 0:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            previous = None
+        else:
+            previous = batch
+
+
+def snapshot_loop(net, optimizer, data):
+    """3 (MVR-2): this batch at the previous weights first."""
+    path, old = [], {}
+    for batch in data:
+        current = {name: value.clone() for name, value in net.state_dict().items()}
+        if old:
+            net.load_state_dict(old)
+            optimizer.zero_grad()
+            net(*batch).backward()
+            optimizer.update_last_grad()
+        net.load_state_dict(current)
+        old = current
+        optimizer.zero_grad()
+        net(*batch).backward()
+        optimizer.step()
+        path.append(weights(net))
+    return path
+
+
+def approximate(k, x, x_old, g_old):
+    return g_old
+
+
+def make(net, **options):
+    return MuonMVR(net.parameters(), polar="svd", **OPTIONS | options)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_standard_loop(in_place):
+    """Zeroing in place must not reach what was recorded: it is a copy."""
+    data, net = list(batches(20)), Net()
+    expected = reference([[b] for b in data], lambda k, x, *_: gradient(x, [data[k - 1]]) if k else None)
+    assert_path(standard_loop(net, make(net), data, in_place), expected)
+    assert_other_path(reference([[b] for b in data], lambda *_: None), expected)
+
+
+@pytest.mark.parametrize("accum_steps", [1, 4])
+def test_accumulation_loop(accum_steps):
+    data, net = list(batches(10 * accum_steps)), Net()
+    steps = [data[i : i + accum_steps] for i in range(0, len(data), accum_steps)]
+    expected = reference(steps, lambda k, x, *_: gradient(x, steps[k - 1]) if k else None)
+    assert_path(accumulation_loop(net, make(net), data, accum_steps), expected)
+
+
+def test_the_printed_accumulation_loop_never_trains():
+    net = Net()
+    before = weights(net)
+    printed_accumulation_loop(net, make(net), batches(16), 4)
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(net), strict=True))
+
+
+def test_snapshot_loop():
+    data, net = list(batches(20)), Net()
+    expected = reference([[b] for b in data], lambda k, x, x_old, _: gradient(x_old, [data[k]]) if k else None)
+    assert_path(snapshot_loop(net, make(net), data), expected)
+
+
+@pytest.mark.parametrize("calls_update", [False, True])
+def test_approximate_loop(calls_update):
+    """MVR-1 compares with the previous step's gradient, whether or not the loop is that of MVR-3."""
+    data, net = list(batches(20)), Net()
+    optimizer = make(net, is_approx=True)
+    if calls_update:
+        path = standard_loop(net, optimizer, data)
+    else:
+        path = []
+        for batch in data:
+            net(*batch).backward()
+            optimizer.step()
+            path.append(weights(net))
+    assert_path(path, reference([[b] for b in data], approximate))
+
+
+def test_the_loops_train():
+    for loop in (standard_loop, snapshot_loop):
+        net = Net()
+        before = float(net(*next(batches(1, seed=9))))
+        loop(net, MuonMVR(net.parameters(), lr=0.03), batches(60))
+        assert float(net(*next(batches(1, seed=9)))) < 0.9 * before
+
+
+# ---- details --------------------------------------------------------------------------------------------------------------
+
+
+def test_defaults():
+    net = Net()
+    optimizer = MuonMVR(net.parameters())
+    muon, adamw = optimizer.param_groups
+    chosen = {name: muon[name] for name in ("lr", "momentum", "gamma", "is_approx", "weight_decay", "ns_steps", "eps", "polar")}
+    assert chosen == {
+        "lr": 3e-3, "momentum": 0.95, "gamma": 0.025, "is_approx": False, "weight_decay": 0.0, "ns_steps": 5, "eps": 1e-8,
+        "polar": "newton_schulz",
+    }  # fmt: skip
+    assert adamw["betas"] == (0.95, 0.99)
+    assert muon["params"] == [net.first.weight, net.second.weight] and muon["use_muon"]
+    assert adamw["params"] == [net.gain, net.first.bias] and not adamw["use_muon"]
+    assert isinstance(optimizer, torch.optim.Optimizer)
+
+
+def test_without_a_record_there_is_no_correction():
+    data = list(batches(5))
+    expected = reference([[b] for b in data], lambda *_: None)
+    net = Net()
+    optimizer, path = make(net), []
+    for batch in data:
+        net(*batch).backward()
+        optimizer.step()
+        path.append(weights(net))
+    assert_path(path, expected)
+
+
+def test_gamma_zero_has_no_correction():
+    data, net = list(batches(8)), Net()
+    assert_path(standard_loop(net, make(net, gamma=0.0), data), reference([[b] for b in data], lambda *_: None))
+
+
+def matrix(*entries):
+    return torch.tensor(entries, dtype=torch.float64).reshape(1, -1)
+
+
+def test_values_and_clipping_by_hand():
+    p = nn.Parameter(matrix(0.0, 0.0))
+    optimizer = MuonMVR([p], momentum=0.5, gamma=0.25)
+    p.grad = matrix(0.3, 0.4)  # inside the unit ball: not clipped; momentum starts from zero
+    optimizer.step()
+    m = 0.5 * matrix(0.3, 0.4)
+    assert torch.allclose(optimizer.state[p]["momentum_buffer"], m, rtol=1e-15)
+    p.grad = matrix(0.1, 0.2)
+    optimizer.update_last_grad()
+    p.grad = matrix(0.3, 0.2)
+    optimizer.step()
+    m = 0.5 * m + 0.5 * (matrix(0.3, 0.2) + 0.25 * matrix(0.2, 0.0))
+    assert torch.allclose(optimizer.state[p]["momentum_buffer"], m, rtol=1e-15)
+    p.grad = matrix(0.0, 0.0)
+    optimizer.update_last_grad()
+    p.grad = matrix(3.0, 4.0)  # C = 1.25 · g, of norm 6.25
+    optimizer.step()
+    m = 0.5 * m + 0.5 * matrix(0.6, 0.8)
+    assert torch.allclose(optimizer.state[p]["momentum_buffer"], m, rtol=1e-15)
+
+
+def test_the_record_stays_until_the_next_one():
+    p = nn.Parameter(matrix(0.0, 0.0))
+    optimizer = MuonMVR([p], momentum=0.5, gamma=0.5)
+    p.grad = matrix(0.1, 0.0)
+    optimizer.update_last_grad()
+    m = torch.zeros_like(p)
+    for _ in range(2):
+        p.grad = matrix(0.2, 0.0)
+        optimizer.step()
+        m = 0.5 * m + 0.5 * (matrix(0.2, 0.0) + 0.5 * matrix(0.1, 0.0))
+        assert torch.allclose(optimizer.state[p]["momentum_buffer"], m, rtol=1e-15)
+    optimizer.update_last_grad()  # .grad is None now: nothing is recorded
+    p.grad = matrix(0.2, 0.0)
+    optimizer.step()
+    assert torch.allclose(optimizer.state[p]["momentum_buffer"], 0.5 * m + 0.5 * matrix(0.2, 0.0), rtol=1e-15)
+
+
+@pytest.mark.parametrize("is_approx", [False, True])
+def test_none_leaves_everything(is_approx):
+    net = Net()
+    optimizer = make(net, is_approx=is_approx)
+    standard_loop(net, optimizer, batches(2))
+    before, state = weights(net), copy.deepcopy(optimizer.state_dict()["state"])
+    optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(net), strict=True))
+    for i, s in optimizer.state_dict()["state"].items():
+        assert all(torch.equal(v, state[i][n]) for n, v in s.items() if isinstance(v, Tensor))
+
+
+@pytest.mark.parametrize("is_approx", [False, True])
+def test_records_are_copies_and_gradients_are_not_modified(is_approx):
+    net = Net()
+    optimizer = make(net, is_approx=is_approx)
+    for batch in batches(3):
+        net(*batch).backward()
+        held = [p.grad for p in net.parameters()]
+        kept = [g.clone() for g in held]
+        optimizer.update_last_grad()
+        optimizer.step()
+        assert all(torch.equal(a, b) for a, b in zip(held, kept, strict=True))
+        records = [s["last_grad"].clone() for s in optimizer.state.values() if "last_grad" in s]
+        assert len(records) == 2 and all(r.any() for r in records)
+        for g in held:
+            g.zero_()
+        assert all(torch.equal(a, s["last_grad"]) for a, s in zip(records, list(optimizer.state.values())[:2], strict=True))
+
+
+def test_zero_gradients():
+    net = Net()
+    before = weights(net)
+    optimizer = MuonMVR(net.parameters(), gamma=1.0)
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(net), strict=True))
+
+
+@pytest.mark.parametrize("is_approx", [False, True])
+def test_no_host_synchronisation(is_approx):
+    """Meta tensors have no values: whatever asked for one, as `if norm > 1` does, would raise."""
+    net = Net().to("meta")
+    optimizer = MuonMVR(net.parameters(), is_approx=is_approx)
+    data = [(x.to("meta"), y.to("meta")) for x, y in batches(3)]
+    standard_loop(net, optimizer, data)
+    assert optimizer.updates == 3
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        bool(torch.ones((), device="meta") > 1)
+
+
+def test_newton_schulz_and_its_steps():
+    """The default polar factor against this iteration, written out."""
+    p = nn.Parameter(torch.zeros(6, 4, dtype=torch.float64))
+    g = torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for steps in (1, 3, 5, 7):
+        q = nn.Parameter(p.detach().clone())
+        q.grad = g.clone()
+        MuonMVR([q], lr=1.0, ns_steps=steps).step()
+        x = g / g.norm()
+        for _ in range(steps):
+            a = x @ x.T
+            x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+        assert torch.allclose(q, -0.2 * math.sqrt(6) * x, rtol=0, atol=1e-13)
+
+
+def test_one_batched_product_for_matrices_of_one_shape(monkeypatch):
+    """Up to transposition."""
+    params = [nn.Parameter(torch.ones(s)) for s in [(3, 5), (5, 3), (3, 5), (4, 4)]]
+    sizes = []
+    original = torch.bmm
+
+    def counted(a, b, **options):
+        sizes.append(len(a))
+        return original(a, b, **options)
+
+    monkeypatch.setattr(torch, "bmm", counted)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    MuonMVR(params).step()
+    assert sizes == [3] * 5 + [1] * 5
+
+
+# ---- groups ---------------------------------------------------------------------------------------------------------------
+
+
+def test_groups_with_use_muon():
+    net = Net()
+    conv, table = nn.Parameter(torch.ones(4, 2, 3)), nn.Parameter(torch.ones(9, 2))
+    optimizer = MuonMVR(
+        [
+            {"params": [net.first.weight, conv], "use_muon": True, "momentum": 0.8, "ns_steps": 6},
+            {"params": [table, net.gain], "use_muon": False, "lr": 0.5, "adamw_betas": (0.5, 0.6)},
+            {"params": [net.second.weight, net.first.bias], "lr": 0.25},
+        ],
+    )
+    assert [g["use_muon"] for g in optimizer.param_groups] == [True, False, True, False]
+    assert [g["lr"] for g in optimizer.param_groups] == [3e-3, 0.5, 0.25, 0.25]
+    assert optimizer.param_groups[1]["betas"] == (0.5, 0.6) and optimizer.param_groups[1]["params"][0] is table
+    assert "last_grad" in optimizer.state[conv] and "exp_avg_sq" in optimizer.state[table]
+    before = table.detach().clone()
+    table.grad, conv.grad = torch.ones_like(table), torch.ones_like(conv)
+    optimizer.step()
+    assert torch.allclose(table, before - 0.5), "AdamW's first step is lr·sign"
+    assert torch.linalg.matrix_norm((conv - 1).flatten(1), 2) > 0
+
+
+def test_adamw_side_equals_torch():
+    ours, theirs = nn.Parameter(torch.ones(3).double()), nn.Parameter(torch.ones(3).double())
+    optimizer = MuonMVR([ours], lr=0.1, weight_decay=0.2, adamw_betas=(0.7, 0.8), eps=1e-3)
+    other = torch.optim.AdamW([theirs], lr=0.1, weight_decay=0.2, betas=(0.7, 0.8), eps=1e-3)
+    for k in range(10):
+        ours.grad = torch.tensor([1.0, -k, math.sin(k)], dtype=torch.float64)
+        theirs.grad = ours.grad.clone()
+        optimizer.update_last_grad()
+        optimizer.step()
+        other.step()
+    assert torch.allclose(ours, theirs, rtol=1e-14, atol=0)
+
+
+def test_one_tensor_and_named_parameters():
+    assert len(MuonMVR([{"params": nn.Parameter(torch.ones(2, 2))}]).param_groups) == 1
+    optimizer = MuonMVR(Net().named_parameters())
+    assert [g["param_names"] for g in optimizer.param_groups] == [["first.weight", "second.weight"], ["gain", "first.bias"]]
+
+
+def test_a_scheduler():
+    data, net = list(batches(4)), Net()
+    optimizer = make(net)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: 0.0 if k else 1.0)
+    net(*data[0]).backward()
+    optimizer.step()
+    scheduler.step()
+    before = weights(net)
+    standard_loop(net, optimizer, data)
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(net), strict=True))
+
+
+# ---- state ----------------------------------------------------------------------------------------------------------------
+
+
+def by_pickle(net, optimizer, **options):
+    return pickle.loads(pickle.dumps((net, optimizer)))
+
+
+def by_deepcopy(net, optimizer, **options):
+    return copy.deepcopy((net, optimizer))
+
+
+def by_state_dict(net, optimizer, **options):
+    file = io.BytesIO()
+    torch.save((net.state_dict(), optimizer.state_dict()), file)
+    file.seek(0)
+    weights_state, state = torch.load(file, weights_only=True)
+    other = Net()
+    other.load_state_dict(weights_state)
+    fresh = make(other, lr=1.0, **options)
+    fresh.load_state_dict(state)
+    return other, fresh
+
+
+def by_distributed_checkpoint(net, optimizer, **options):
+    state = copy.deepcopy(get_optimizer_state_dict(net, optimizer))
+    other = Net()
+    other.load_state_dict(net.state_dict())
+    fresh = make(other, lr=1.0, **options)
+    set_optimizer_state_dict(other, fresh, state)
+    return other, fresh
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("done", [0, 1, 3])
+@pytest.mark.parametrize("is_approx", [False, True])
+@pytest.mark.parametrize("way", [by_pickle, by_deepcopy, by_state_dict, by_distributed_checkpoint])
+def test_round_trip_in_mid_run(way, is_approx, done, recorded):
+    """Also between `update_last_grad` and `step`: the same trajectory, bit for bit."""
+    data, net = list(batches(6)), Net()
+    optimizer = make(net, is_approx=is_approx)
+    standard_loop(net, optimizer, data[:done])
+    if recorded:
+        net(*data[0]).backward()
+        optimizer.update_last_grad()
+        optimizer.zero_grad()
+    other, loaded = way(net, optimizer, is_approx=is_approx)
+    expected = standard_loop(net, optimizer, data[done:])
+    path = standard_loop(other, loaded, data[done:])
+    assert all(torch.equal(a, b) for x, y in zip(path, expected, strict=True) for a, b in zip(x, y, strict=True))
+    assert loaded.updates == optimizer.updates == 6
+
+
+def test_bfloat16_parameters_keep_float32_state():
+    net = Net().to(torch.bfloat16)
+    optimizer = MuonMVR(net.parameters(), lr=0.01)
+    standard_loop(net, optimizer, [(x.bfloat16(), y.bfloat16()) for x, y in batches(3)])
+    other = MuonMVR(Net().to(torch.bfloat16).parameters())
+    state = optimizer.state_dict()
+    other.load_state_dict(state)
+    for mine, theirs in zip(other.state.values(), optimizer.state.values(), strict=True):
+        for name, value in theirs.items():
+            if isinstance(value, Tensor):
+                assert mine[name].dtype == torch.float32 and torch.equal(mine[name], value)
+                assert mine[name].data_ptr() != value.data_ptr()
+    assert all(p.dtype == torch.bfloat16 and p.isfinite().all() for p in net.parameters())
+
+
+# ---- arguments ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, value, allowed",
+    [
+        *[("lr", v, "≥ 0") for v in (-1, math.nan, "1", True)],
+        *[("momentum", v, r"\[0, 1\)") for v in (-0.1, 1.0, None)],
+        *[("gamma", v, "≥ 0") for v in (-0.1, math.inf, "1", True)],
+        *[("is_approx", v, "True or False") for v in (1, None, "yes")],
+        *[("weight_decay", v, "≥ 0") for v in (-0.1, math.nan)],
+        *[("ns_steps", v, "an integer ≥ 1") for v in (0, -1, 2.5, True, None)],
+        *[("adamw_betas", v, r"two numbers in \[0, 1\)") for v in ((0.9,), (0.9, 1.0), 0.9, None, ("a", "b"))],
+        *[("eps", v, "≥ 0") for v in (-1e-8, None)],
+        *[("polar", v, "polar_express, newton_schulz, svd") for v in ("ns", None)],
+    ],
+)
+def test_bad_arguments(name, value, allowed):
+    with pytest.raises(ValueError, match=rf"^{name} must be .*{allowed}") as error:
+        MuonMVR([nn.Parameter(torch.ones(2, 2))], **{name: value})
+    assert repr(value) in str(error.value)
+
+
+def test_bad_groups():
+    vector, square = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2, 2))
+    with pytest.raises(ValueError, match=r"use_muon=True needs .*2 dimensions.*\(3,\)"):
+        MuonMVR([{"params": [vector], "use_muon": True}])
+    with pytest.raises(ValueError, match="use_muon must be True or False, got 'yes'"):
+        MuonMVR([{"params": [square], "use_muon": "yes"}])
+    with pytest.raises(ValueError, match="params must name every parameter once"):
+        MuonMVR([square, vector, square])
+    with pytest.raises(TypeError):
+        MuonMVR([square], nesterov=True)
+    with pytest.raises(ValueError, match="empty"):
+        MuonMVR([])
