@@ -1,10 +1,12 @@
 """Gluon: momentum and a linear minimisation oracle per layer (Riabinin, Shulgin, Gruntkowska, Richtárik, "Gluon: Making
 Muon & Scion Great Again!", arXiv 2505.13416). Muon, Scion, normalised SGD and sign momentum are its special cases."""
 
+import functools
 import inspect
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from numbers import Real
 from typing import Any
 
@@ -275,7 +277,7 @@ class Gluon(Optimizer):
         """Apply the pending update; while a bucket's directions travel, the next one's are computed."""
         if not self._has_pending():
             return
-        travelling: deque[_Bucket] = deque()
+        travelling: deque[Bucket] = deque()
         for bucket in self._directions():
             travelling.append(bucket)
             if len(travelling) > 1:
@@ -284,7 +286,7 @@ class Gluon(Optimizer):
             travelling.popleft().move_weights()
         self._count_update()
 
-    def _directions(self) -> Iterator["_Bucket"]:
+    def _directions(self) -> Iterator["Bucket"]:
         """The buckets of the pending update, each with its directions under way."""
         self._check_layout()
         gathering = None
@@ -332,7 +334,7 @@ class Gluon(Optimizer):
         """Whether this rank keeps (its piece of) the momentum of p."""
         return isinstance(p, DTensor) or self._ranks is None or self._owners[p] == self._ranks.rank()
 
-    def _buckets(self) -> Iterator["_Bucket"]:
+    def _buckets(self) -> Iterator["Bucket"]:
         """The pending updates; matrices of one shape up to transposition go into one batched call, all into few messages."""
         for group in self.param_groups:
             if not group["pending"]:
@@ -346,7 +348,7 @@ class Gluon(Optimizer):
                 buckets.setdefault((shape, p.dtype, place), []).append(p)
             for params in buckets.values():
                 for part in _parts(params):
-                    yield _Bucket(self, group, part)
+                    yield Bucket(self, group, part)
 
     def _check_layout(self) -> None:
         """Once: ranks that share the work must hold the same parameters, or they would wait for each other forever."""
@@ -363,7 +365,7 @@ class Gluon(Optimizer):
         self._layout_checked = True
 
 
-class _Bucket:
+class Bucket:
     """Parameters of one group whose directions are computed together and travel together."""
 
     def __init__(self, optimizer: Gluon, group: dict[str, Any], params: list[Tensor]) -> None:
@@ -371,6 +373,7 @@ class _Bucket:
         self._params = sorted(params, key=optimizer._owners.__getitem__)
         self._norm = _norm(group, params[0])
         self._exchange = self._find_exchange()
+        self._stream: torch.cuda.Stream | None = None
 
     def _find_exchange(self) -> Alone:
         p = self._params[0]
@@ -409,13 +412,26 @@ class _Bucket:
         if self._norm is not None:
             _replace_by_directions(members, self._norm, [s.get("momentum_buffer") for s in states])
         self._exchange.spread(members)
+        self._stream = _current_stream(self._params[0].device)
+
+    def receive(self) -> tuple[list[Tensor | None], Tensor | None]:
+        """Wait for the directions (the current stream does, on CUDA)."""
+        stream = _current_stream(self._params[0].device)
+        if stream != self._stream:
+            stream.wait_stream(self._stream)
+        directions, flags = self._exchange.receive()
+        if stream != self._stream:
+            for direction in directions:
+                if direction is not None:
+                    direction.record_stream(stream)  # or its memory could be taken while this stream still reads it
+        return directions, flags
 
     def move_weights(self) -> None:
-        """Wait for the directions and move the weights."""
+        """Move the weights by the directions."""
         group = self._group
         step = group["pending_lr"] * group["pending_radius"]
         decay = group["pending_lr"] * group["pending_weight_decay"]
-        directions, flags = self._exchange.receive()
+        directions, flags = self.receive()
         keep: list[Any] = [1 - decay] * len(directions)
         if flags is not None and decay:
             keep = list((1 - decay * flags.to(_buffer_dtype(self._params[0]))).unbind())
@@ -431,6 +447,28 @@ class _Bucket:
             moves.append(direction.reshape(weights.shape))
         for factor, (targets, moves) in alike.items():
             torch._foreach_add_(targets, moves, alpha=-step * factor)
+
+
+def _current_stream(device: torch.device) -> torch.cuda.Stream | None:
+    return torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all steps: memory that is freed on a stream is used again on that stream alone."""
+    return torch.cuda.Stream(device)
+
+
+@contextmanager
+def beside(device: torch.device) -> Iterator[None]:
+    """What runs in here waits for what came before it, and not the other way round: on CUDA a stream of its own."""
+    if device.type != "cuda":
+        yield
+        return
+    stream = _side_stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        yield
 
 
 def _with_others(ranks: dist.ProcessGroup | None) -> dist.ProcessGroup | None:

@@ -8,14 +8,15 @@ old weights. Each holds one momentum buffer and one gradient buffer, as Gluon do
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from optim.gluon import Closure, Gluon, average, is_number
+from optim.gluon import Bucket, Closure, Gluon, average, beside, is_number
 from optim.sharding import local
 
 
@@ -46,13 +47,44 @@ class GluonMVR1(_MVR):
 
 
 class _TwoPasses(_MVR):
-    """A variant that evaluates the gradient of a batch twice, so `step` needs a closure."""
+    """A variant that evaluates the gradient of a batch twice, so `step` needs a closure.
+
+    `correction_fraction` f < 1 evaluates only the shared micro-batches S, a fraction f of the batch, twice: the correction
+    is γβ (g_S - ĝ_S), both means over S, beside (1-β) g with the mean g over the whole batch.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        momentum: float = 0.9,
+        gamma: float = 0.1,
+        *,
+        correction_fraction: float = 1.0,
+        **options: Any,
+    ) -> None:
+        super().__init__(params, lr, momentum, gamma, correction_fraction=correction_fraction, **options)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        fraction = group["correction_fraction"]
+        if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction <= 1:
+            raise ValueError(f"correction_fraction must be a number in (0, 1], got {fraction!r}")
 
     def _corrects(self, group: dict[str, Any]) -> bool:
         """Whether the second evaluation counts for this group."""
         return group["gamma"] > 0 and group["norm"] != "adamw"
 
-    def _check_ready(self, closure: Closure | None) -> None:
+    def _weights(self, group: dict[str, Any]) -> tuple[float, float]:
+        """What this step's gradient and its correction weigh in the average: 1-β, and γβ or 0."""
+        raise NotImplementedError
+
+    def _gradient_weight(self, group: dict[str, Any]) -> float:
+        """What `.grad` weighs in the average once the batch has been evaluated."""
+        plain, correction = self._weights(group)
+        return plain + correction if group["correction_fraction"] == 1 else plain
+
+    def _check_ready(self, closure: Closure | None, rest: Closure | None) -> None:
         if closure is None:
             raise TypeError(
                 f"{type(self).__name__}.step needs a closure that evaluates the batch's loss and calls backward(): it is "
@@ -63,6 +95,37 @@ class _TwoPasses(_MVR):
                 f"{type(self).__name__}.step found gradients of an earlier pass: call zero_grad() before it, and backward() "
                 "only inside the closure"
             )
+
+        fractions = {float(group["correction_fraction"]) for group in self.param_groups}
+        if len(fractions) > 1:
+            raise ValueError(f"correction_fraction must be the same in all groups, got {sorted(fractions)}")
+        if fractions != {1.0} and rest is None:
+            raise TypeError(
+                f"correction_fraction={fractions.pop()} needs step(closure, previous, rest): closure and previous evaluate "
+                "the micro-batches that both passes share, rest the others"
+            )
+        if fractions == {1.0} and rest is not None:
+            raise TypeError("rest has no micro-batches to evaluate with correction_fraction=1: closure takes all of them")
+
+    def _evaluate_rest(self, rest: Closure | None, loss: Any) -> Any:
+        """Add the gradient of the micro-batches that are not shared; returns the loss of the whole batch.
+
+        `.grad` holds f g_S, for MVR-2 together with ĝ's share. (1-β) g + γβ g_S = (1-β) (c f g_S + (g - f g_S)) with
+        c = (1-β + γβ/f) / (1-β): what is there is scaled by c, the rest adds g - f g_S, and the sum weighs 1-β.
+        """
+        if rest is None:
+            return loss
+        kept = []
+        for group in self.param_groups:
+            plain, correction = self._weights(group)
+            with_gradient = [p for p in group["params"] if p.grad is not None]
+            kept += with_gradient
+            gradients = [local(p.grad) for p in with_gradient if self.state[p]["steps"] > 0]
+            if gradients and correction:
+                with torch.no_grad():
+                    torch._foreach_mul_(gradients, (plain + correction / group["correction_fraction"]) / plain)
+        more = self._evaluate_again(rest, kept)
+        return loss if more is None else more if loss is None else loss + more
 
     def _evaluate_again(self, closure: Closure, kept: Sequence[Tensor] = ()) -> Any:
         """A second pass, which must leave the gradients of the first one in place for the parameters of `kept`."""
@@ -107,6 +170,16 @@ class GluonMVR2(_TwoPasses):
 
     `inner` = q in (0, 1] chooses the nested form: exact MVR cleans the gradient, d_k = g_k + (1-q)(d_{k-1} - ĝ_k), and
     ordinary momentum averages it, M_k = β M_{k-1} + (1-β) d_k. `gamma` is not used then; it costs one more buffer.
+
+    `correction_fraction` = f < 1 takes the correction from a fraction f of the micro-batches, S, at 1 + f gradients a step:
+
+        M_k = β M_{k-1} + (1-β) g_k + γβ (g_{k,S} - ĝ_{k,S})
+        nested: d_k = (1-q) d_{k-1} + q g_k + (1-q) (g_{k,S} - ĝ_{k,S})
+
+    `overlap=True` computes the pending update's directions and starts to exchange them before the pass at the previous
+    weights, which does not need them, and applies them after it: the same weights bit for bit. The price is one buffer of
+    the size of an update. On CUDA the directions are computed on a stream of their own; collectives are asynchronous
+    everywhere. (Where the pass itself communicates over the same process group, as with FSDP2, its messages queue behind.)
     """
 
     def __init__(
@@ -117,28 +190,39 @@ class GluonMVR2(_TwoPasses):
         gamma: float = 0.1,
         *,
         inner: float | None = None,
+        correction_fraction: float = 1.0,
+        overlap: bool = False,
         **options: Any,
     ) -> None:
+        self.overlap = overlap
         self._corrected = False
-        super().__init__(params, lr, momentum, gamma, inner=inner, **options)
+        super().__init__(params, lr, momentum, gamma, inner=inner, correction_fraction=correction_fraction, **options)
 
-    def step(self, closure: Closure | None = None, previous: Closure | None = None) -> Any:
+    def step(self, closure: Closure | None = None, previous: Closure | None = None, rest: Closure | None = None) -> Any:
         """One step; returns the loss of the second pass, at the weights that the model then holds.
 
         `previous` (default: `closure`) is called for the pass at the previous weights; under DDP it may run in `no_sync`,
-        since the second pass reduces the sum of both. Raises TypeError without a closure; RuntimeError where `.grad` is not
-        empty at the start, or where something replaced it between the passes and so removed the correction.
+        since the second pass reduces the sum of both. With `correction_fraction` < 1, `closure` and `previous` evaluate the
+        shared micro-batches and `rest` the others, each scaled so that all backwards together give the mean over the whole
+        batch (and the losses of `closure` and `rest` add up to its loss); under DDP only the last backward of `rest` needs
+        to reduce.
+
+        Raises TypeError without a closure, or where `rest` and `correction_fraction` do not go together; RuntimeError where
+        `.grad` is not empty at the start, or where something replaced it between the passes and so removed the correction.
         """
-        self._check_ready(closure)
+        self._check_ready(closure, rest)
         self._corrected = self._has_pending() and any(self._corrects(group) for group in self.param_groups)
         kept: list[Tensor] = []
         if self._corrected:
+            if self.overlap:
+                self._launch()
             random_state = _RandomState(self)
             self._evaluate(previous or closure)
             random_state.restore()
             kept = self._scale_gradients()
         self._apply_update()
         loss = self._evaluate_again(closure, kept)
+        loss = self._evaluate_rest(rest, loss)
         self._fold_gradients()
         self._drop_gradients()
         return loss
@@ -146,6 +230,33 @@ class GluonMVR2(_TwoPasses):
     def flush(self) -> None:
         """Apply the pending update, as at the end of a run."""
         self._apply_update()
+
+    @torch.no_grad()
+    def _launch(self) -> None:
+        """Compute the pending update's directions beside what follows, and start to send them.
+
+        What a pass that failed has left under way is still the pending update's.
+        """
+        if self._launched is None:
+            with beside(self.param_groups[0]["params"][0].device):
+                self._launched = list(super()._directions())
+
+    def _directions(self) -> Iterable[Bucket]:
+        launched, self._launched = self._launched, None
+        return super()._directions() if launched is None else launched
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As `Gluon.load_state_dict`."""
+        for bucket in self._directions() if self._launched is not None else ():
+            bucket.receive()  # of the momenta that are now replaced
+        super().load_state_dict(state_dict)
+
+    def _set_up(self, process_group: dist.ProcessGroup | None) -> None:
+        super()._set_up(process_group)
+        self._launched: list[Bucket] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"overlap": self.overlap, "_corrected": self._corrected}
 
     def _recursion(self, group: dict[str, Any]) -> tuple[float, float, str]:
         """(β, γ, buffer) of the recursion that the correction goes into."""
@@ -157,6 +268,10 @@ class GluonMVR2(_TwoPasses):
         beta, gamma, _ = self._recursion(group)
         return gamma * beta > 0 and group["norm"] != "adamw"
 
+    def _weights(self, group: dict[str, Any]) -> tuple[float, float]:
+        beta, gamma, _ = self._recursion(group)
+        return 1 - beta, gamma * beta if self._corrected and self._corrects(group) else 0.0
+
     @torch.no_grad()
     def _scale_gradients(self) -> list[Tensor]:
         """Turn ĝ into its share of the sum that the momentum takes, and drop it where there are no previous weights.
@@ -165,7 +280,7 @@ class GluonMVR2(_TwoPasses):
         """
         kept = []
         for group in self.param_groups:
-            beta, gamma, _ = self._recursion(group)
+            plain, correction = self._weights(group)
             gradients = []
             for p in group["params"]:
                 if not self._corrects(group) or self.state[p]["steps"] == 0:
@@ -174,13 +289,13 @@ class GluonMVR2(_TwoPasses):
                     gradients.append(local(p.grad))
                     kept.append(p)
             if gradients:
-                torch._foreach_mul_(gradients, -gamma * beta / (1 - beta + gamma * beta))
+                correction /= group["correction_fraction"]
+                torch._foreach_mul_(gradients, -correction / (plain + correction))
         return kept
 
     def _fold(self, group: dict[str, Any], states: list[dict[str, Any]], gradients: list[Tensor]) -> None:
-        beta, gamma, buffer = self._recursion(group)
-        weight = 1 - beta + (gamma * beta if self._corrected else 0)
-        average([local(s[buffer]) for s in states], gradients, beta, weight)
+        beta, _, buffer = self._recursion(group)
+        average([local(s[buffer]) for s in states], gradients, beta, self._gradient_weight(group))
         if group["inner"] is not None:
             super()._fold(group, states, [local(s["estimate"]) for s in states])
 
@@ -205,18 +320,27 @@ class GluonMVR3(_TwoPasses):
 
     A step is Gluon's, after which the same batch is evaluated again at the new weights: that gradient is ĝ_{k+1}, and the
     momentum takes its share, -γ ĝ_{k+1}, at once. γ of the next step's correction is so this step's, in both of its terms.
+
+    `correction_fraction` = f < 1 evaluates a fraction f of the micro-batches again, at 1 + f gradients a step. With S_k the
+    shared micro-batches of step k, which should be the same positions in every batch,
+
+        M_k = β M_{k-1} + (1-β) g_k + γβ (∇f_{S_k}(X_k; ξ_k) - ∇f_{S_{k-1}}(X_k; ξ_{k-1})),
+
+    so that what S_{k-1} added to M_{k-1} at X_{k-1} is what is subtracted again at X_k.
     """
 
-    def step(self, closure: Closure | None = None, previous: Closure | None = None) -> Any:
+    def step(self, closure: Closure | None = None, previous: Closure | None = None, rest: Closure | None = None) -> Any:
         """One step; returns the loss of the first pass, at the weights before the update.
 
         `previous` (default: `closure`) is called for the evaluation at the new weights; unlike MVR-2's it must reduce its
-        gradients over the ranks. Raises as `GluonMVR2.step` does.
+        gradients over the ranks. `rest` is as in `GluonMVR2.step`; where `closure` runs in DDP's `no_sync` because `rest`
+        reduces for both, give a `previous` that reduces. Raises as `GluonMVR2.step` does.
         """
-        self._check_ready(closure)
+        self._check_ready(closure, rest)
         corrects = any(self._corrects(group) for group in self.param_groups)
         before = _RandomState(self)
         loss = self._evaluate(closure)
+        loss = self._evaluate_rest(rest, loss)
         self._fold_gradients()
         self._forget_evaluation()
         self._apply_update()
@@ -241,9 +365,10 @@ class GluonMVR3(_TwoPasses):
         return p.grad is not None or self.state[p]["evaluated"]
 
     def _fold(self, group: dict[str, Any], states: list[dict[str, Any]], gradients: list[Tensor]) -> None:
-        beta = group["momentum"]
-        weight = 1 - beta + group["evaluated_gamma"] * beta
-        average([local(s["momentum_buffer"]) for s in states], gradients, beta, weight)
+        average([local(s["momentum_buffer"]) for s in states], gradients, group["momentum"], self._gradient_weight(group))
+
+    def _weights(self, group: dict[str, Any]) -> tuple[float, float]:
+        return 1 - group["momentum"], group["evaluated_gamma"] * group["momentum"]
 
     def _forget_evaluation(self) -> None:
         for group in self.param_groups:
@@ -253,7 +378,7 @@ class GluonMVR3(_TwoPasses):
 
     @torch.no_grad()
     def _subtract_gradients(self) -> None:
-        """M ← M - γ ĝ; the next step's β multiplies it with the rest."""
+        """M ← M - γ ĝ; the next step's β multiplies it with the rest. (`.grad` is f ĝ_S.)"""
         for group in self.param_groups:
             if not self._corrects(group):
                 continue
@@ -266,7 +391,7 @@ class GluonMVR3(_TwoPasses):
                     momenta.append(local(state["momentum_buffer"]))
                     gradients.append(local(p.grad).to(state["momentum_buffer"].dtype))
             if momenta:
-                torch._foreach_add_(momenta, gradients, alpha=-group["gamma"])
+                torch._foreach_add_(momenta, gradients, alpha=-group["gamma"] / group["correction_fraction"])
 
 
 class _RandomState:
@@ -289,36 +414,39 @@ class _RandomState:
 class _Kept:
     """Watches that a pass adds to the gradient that lies in `p.grad` already.
 
-    DDP may move the sum into its bucket and put a view of that into `.grad`; autograd then added to the old tensor first,
-    so its version tells that apart from a `.grad` that was dropped. What zeroes the old tensor in place changes its version
-    before autograd gets there, which a leaf's hook sees. (Not watched so: FSDP2, which adds without autograd, and views of
-    DDP's buckets, which all share one version.)
+    When autograd reaches the parameter (a leaf's hook sees that), `.grad` must be what it was; after that it is only added
+    to. DDP may move it: into its bucket at any time, so a view of something larger counts as a bucket, and its contents,
+    which share one version, are not watched. FSDP2 adds without autograd.
     """
 
     def __init__(self, p: Tensor) -> None:
-        self._p, self._gradient = p, p.grad
-        self._version = local(p.grad)._version
-        gradient = local(p.grad)
-        self._reached = gradient.untyped_storage().nbytes() > gradient.nbytes
-        self._zeroed = False
-        self._hook = p.register_hook(self._before_first_addition)
+        self._p, self._gradient, self._version = p, p.grad, local(p.grad)._version
+        self._reached = self._zeroed = self._was_dropped = False
+        self._hook = p.register_hook(self._before_addition)
 
-    def _before_first_addition(self, _: Tensor) -> None:
-        if not self._reached:
-            self._reached = True
-            self._zeroed = self._changed()
+    def _before_addition(self, _: Tensor) -> None:
+        if not self._reached and self._p.grad is self._gradient and not _is_part(self._gradient):
+            self._zeroed = local(self._gradient)._version != self._version
+        self._reached = True
+        self._dropped()
 
-    def _changed(self) -> bool:
-        return local(self._gradient)._version != self._version
+    def _dropped(self) -> bool:
+        gradient = self._p.grad
+        self._was_dropped = self._was_dropped or gradient is None or not (gradient is self._gradient or _is_part(gradient))
+        return self._was_dropped
 
     def release(self) -> None:
         self._hook.remove()
 
     def check(self) -> None:
-        replaced = self._p.grad is None or (self._p.grad is not self._gradient and not self._changed())
-        if replaced or self._zeroed:
+        if self._dropped() or self._zeroed:
             raise RuntimeError(
-                f"the .grad of a parameter of shape {tuple(self._p.shape)} was {'replaced' if replaced else 'changed'} "
-                "between the two passes, which removes the correction: the closure must zero no gradients "
-                "(model.zero_grad(), p.grad = None)"
+                f"the .grad of a parameter of shape {tuple(self._p.shape)} was "
+                f"{'changed' if self._zeroed else 'replaced'} between the two passes, which removes the correction: the "
+                "closure must zero no gradients (model.zero_grad(), p.grad = None)"
             )
+
+
+def _is_part(gradient: Tensor) -> bool:
+    """Whether it is a view of something larger."""
+    return local(gradient).untyped_storage().nbytes() > local(gradient).nbytes

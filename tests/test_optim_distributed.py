@@ -1,6 +1,7 @@
 """Several ranks against one process: the same weights, bit for bit the same on every rank, and nobody waits forever."""
 
 import contextlib
+import copy
 import functools
 import itertools
 from unittest import mock
@@ -450,9 +451,9 @@ def sharded_net(mesh_shape: tuple[int, ...] | None = None) -> Net:
     return fully_shard(net, mesh=mesh)
 
 
-def run_fsdp(variant, micro=1, mesh_shape=None) -> dict:
+def run_fsdp(variant, micro=1, mesh_shape=None, options=None) -> dict:
     net = sharded_net(mesh_shape)
-    optimizer = optimizer_of(variant, net)
+    optimizer = optimizer_of(variant, net, **(options or {}))
     path = [weights(net)]
     for k in range(STEPS):
         optimizer.step(passes(net, k, micro)[0])
@@ -530,3 +531,166 @@ def test_no_rank_ever_holds_the_whole_momentum(variant):
         assert own == whole / 4
         assert own + peak < 0.75 * whole
     assert all(own + peak > whole for own, whole, peak in started(4).run(peak_of_a_step, variant, 2**25))  # it counts
+
+
+# overlap=True: the update travels while the pass at the previous weights runs
+
+
+@pytest.mark.parametrize("variant", ["mvr2", "nested"])
+def test_overlap_changes_no_bit(ranks, variant):
+    for run in (run_ddp, run_fsdp):
+        plain = ranks.run(run, variant)
+        for a, b in zip(plain, ranks.run(functools.partial(run, variant, options={"overlap": True})), strict=True):
+            for before, after in zip(a["path"], b["path"], strict=True):
+                assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
+        assert_same(plain, alone(variant))
+    assert_same([run_ddp(variant, options={"overlap": True})], alone(variant))
+
+
+class TracedWork:
+    def __init__(self, work, log: list[str]):
+        self._work, self._log = work, log
+
+    def wait(self) -> None:
+        self._log.append("waited")
+        self._work.wait()
+
+
+def trace_of_a_step(kind: str, variant, overlap: bool) -> list[str]:
+    """What a step does, in order: messages of the optimizer sent and waited for, and its passes."""
+    net, model = parallel_net(kind)
+    optimizer = optimizer_of(variant, net, overlap=overlap)
+    closure, previous = passes(model, 0)
+    optimizer.step(closure)
+    log: list[str] = []
+
+    def logged(name, function):
+        def call(*arguments, **options):
+            log.append(name)
+            result = function(*arguments, **options)
+            return result if result is None or name != "sent" else TracedWork(result, log)
+
+        return call
+
+    with (
+        mock.patch.object(dist, "broadcast", logged("sent", dist.broadcast)),
+        mock.patch.object(dist, "all_to_all_single", logged("sent", dist.all_to_all_single)),
+    ):
+        optimizer.step(logged("closure", closure), logged("previous", closure if kind == "fsdp" else previous))
+    return log
+
+
+@pytest.mark.parametrize("variant", ["mvr2", "nested"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_overlap_sends_before_the_pass_and_waits_after_it(ranks, kind, variant):
+    for log in ranks.run(trace_of_a_step, kind, variant, True):
+        before, after = log[: log.index("previous")], log[log.index("previous") + 1 :]
+        sent, gathered = before.count("sent"), before.count("waited")
+        assert sent >= 4 and gathered == (sent // 2 if kind == "fsdp" else 0)  # momenta come first, where they are sharded
+        assert after == ["waited"] * (sent - gathered) + ["closure"]
+    for log in ranks.run(trace_of_a_step, kind, variant, False):
+        assert log[0] == "previous" and log[-1] == "closure" and log.count("sent") == sent == log.count("waited")
+        if kind == "ddp":  # and while one bucket travels, the next is computed
+            assert log.index("waited") < len(log) - 1 - log[::-1].index("sent")
+
+
+class Interrupted(Exception):
+    pass
+
+
+def run_interrupted(variant, overlap: bool, where: str, load: bool = False) -> dict:
+    """In step 2 a pass fails, after its backward on odd ranks; the step is then repeated (after loading what was saved)."""
+    net, model = parallel_net("ddp")
+    optimizer = optimizer_of(variant, net, overlap=overlap)
+    path = [weights(net)]
+    for k in range(STEPS):
+        closure, previous = passes(model, k)
+        if k == 2:
+            saved = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(net.state_dict())
+
+            def failing(previous=previous):
+                previous()
+                raise Interrupted
+
+            with pytest.raises(Interrupted):
+                optimizer.step(*((failing, previous) if where == "closure" else (closure, failing)))
+            optimizer.zero_grad()
+            if load:
+                optimizer.load_state_dict(saved[0])
+                net.load_state_dict(saved[1])
+        optimizer.step(closure, previous)
+        path.append(weights(net))
+    optimizer.flush()
+    return {"path": [*path, weights(net)], "updates": optimizer.updates}
+
+
+@pytest.mark.parametrize("variant", ["mvr2", "nested"])
+def test_a_pass_may_fail(ranks, variant):
+    for runner in (ranks, OneProcess()):
+        for overlap in (False, True):
+            assert_same(runner.run(run_interrupted, variant, overlap, "previous"), alone(variant))
+            for where in ("previous", "closure"):
+                assert_same(runner.run(run_interrupted, variant, overlap, where, True), alone(variant))
+        plain, overlapped = (runner.run(run_interrupted, variant, overlap, "closure") for overlap in (False, True))
+        assert_same(overlapped, plain[0])  # the update was applied: the step that follows corrects nothing
+        assert {a["updates"] for a in overlapped} == {STEPS}
+
+
+# correction_fraction
+
+
+def fraction_passes(net: nn.Module, k: int, world: int, quiet: bool):
+    """(closure, previous, rest) of the variants' step with the first two of four micro-batches of each rank shared."""
+    if dist.is_initialized():
+        pieces = list(zip(*(t.chunk(4) for t in share(batch(k))), strict=True))
+    else:  # the same micro-batches as the ranks have together
+        together = [t.reshape(world, 4, 4 // world, -1).transpose(0, 1).reshape(4, 4, -1) for t in batch(k)]
+        pieces = list(zip(*together, strict=True))
+
+    def evaluate(pieces, reduces: bool):
+        total = 0.0
+        for i, (x, y) in enumerate(pieces):
+            last = reduces and i == len(pieces) - 1
+            if isinstance(net, FSDPModule):
+                net.set_requires_gradient_sync(last)
+            with net.no_sync() if isinstance(net, DistributedDataParallel) and not last else contextlib.nullcontext():
+                loss = net(x, y) / 4
+                loss.backward()
+            total += loss.detach()
+        return total
+
+    return (
+        lambda: evaluate(pieces[:2], not quiet),
+        lambda reduces=not quiet: evaluate(pieces[:2], reduces),
+        lambda: evaluate(pieces[2:], True),
+    )
+
+
+def run_fraction(kind: str, variant, world: int, quiet: bool, **ddp) -> dict:
+    if kind == "fsdp":
+        net = model = sharded_net()
+    else:
+        net = Net()
+        model = DistributedDataParallel(net, **ddp) if dist.is_initialized() else net
+    optimizer = optimizer_of(variant, net, correction_fraction=0.5)
+    path, losses = [weights(net)], []
+    for k in range(STEPS):
+        closure, previous, rest = fraction_passes(model, k, world, quiet)
+        again = functools.partial(previous, True) if variant == "mvr3" else previous
+        losses.append(optimizer.step(closure, again, rest))
+        path.append(weights(net))
+    optimizer.flush()
+    return {"path": [*path, weights(net)], "losses": losses}
+
+
+@pytest.mark.parametrize("kind, quiet, ddp", [
+    ("ddp", True, {"gradient_as_bucket_view": True}), ("ddp", True, {}), ("ddp", False, {}),
+    ("ddp", False, {"gradient_as_bucket_view": True}), ("fsdp", False, {}),
+])  # fmt: skip
+@pytest.mark.parametrize("variant", ["mvr2", "nested", "mvr3"])
+def test_correction_fraction(ranks, variant, kind, quiet, ddp):
+    expected = run_fraction(kind, variant, ranks.world, quiet)
+    answers = ranks.run(functools.partial(run_fraction, kind, variant, ranks.world, quiet, **ddp))
+    assert_same(answers, expected)
+    mean = [torch.stack(losses).mean() for losses in zip(*(a["losses"] for a in answers), strict=True)]
+    torch.testing.assert_close(torch.stack(mean), torch.stack(expected["losses"]), rtol=1e-9, atol=0)
