@@ -14,9 +14,9 @@ d_model = 128
 lr = 1e-3
 block_radius = 20.0
 embed_radius = 100.0
-steps = 160
+steps = 120
 
 val_every = 20
 val_tokens = 32768
 log_every = 1
-checkpoint_every = 80
+checkpoint_every = 60
