@@ -1,0 +1,64 @@
+"""Hugging Face's `Trainer` with Gluon and MVR-1, by `optimizers=`.
+
+    pip install transformers accelerate
+    python examples/huggingface_trainer.py
+
+The Trainer accumulates gradients itself and then calls a bare `step()`. That is all that Gluon and MVR-1 need. It cannot
+evaluate a batch twice, so MVR-2 and MVR-3 raise a TypeError there: take the loop of accelerate_loop.py for them.
+"""
+
+import tempfile
+from typing import Any
+
+from task import MICRO, ROWS, STEPS, Net, batch, build, finish
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import PrinterCallback, Trainer, TrainingArguments
+
+
+class Samples(Dataset):
+    """The samples of all steps, one after the other."""
+
+    def __len__(self) -> int:
+        return STEPS * ROWS
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        x, y = batch(index // ROWS)
+        return {"x": x[index % ROWS], "y": y[index % ROWS]}
+
+
+class WithLoss(nn.Module):
+    """What the Trainer wants of a model: outputs with a loss."""
+
+    def __init__(self, net: Net) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        return {"loss": self.net(x, y)}
+
+
+def train(variant: str, folder: str, resume: str | None = None, **arguments: Any) -> tuple[list[float], list[Tensor]]:
+    """The losses as the Trainer logs them, and the final weights."""
+    model = WithLoss(Net())
+    settings = TrainingArguments(
+        folder,
+        max_steps=STEPS,
+        per_device_train_batch_size=MICRO,
+        gradient_accumulation_steps=ROWS // MICRO,
+        lr_scheduler_type="constant",  # the Trainer's default decays linearly to 0, from the optimizer's own lr
+        max_grad_norm=0.0,  # the default clips; the size of a step does not depend on the gradient's anyway
+        train_sampling_strategy="sequential",
+        **{"use_cpu": True, "logging_steps": 1, "save_strategy": "no", "report_to": "none", "disable_tqdm": True, **arguments},
+    )
+    optimizer = build(variant, model)
+    trainer = Trainer(model, settings, train_dataset=Samples(), optimizers=(optimizer, None))
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=resume)
+    losses = [record["loss"] for record in trainer.state.log_history if "loss" in record]
+    return losses, [p.detach() for p in model.parameters()]
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        finish({variant: train(variant, folder) for variant in ("gluon", "mvr1")})

@@ -1,0 +1,100 @@
+"""Lightning with manual optimization, for every variant.
+
+    pip install lightning
+    python examples/lightning_module.py
+
+Lightning's *automatic* optimization hands `step` a closure of its own, which zeroes the gradients and evaluates the current
+micro-batch. So, with automatic optimization:
+
+- Gluon and MVR-1 work, with accumulate_grad_batches too;
+- MVR-2 and MVR-3 work without accumulation (the zeroing between two passes is ignored);
+- MVR-2 and MVR-3 with accumulate_grad_batches > 1 raise a RuntimeError: the earlier micro-batches' gradients lie in .grad
+  when `step` begins, and the closure could not evaluate those micro-batches again;
+- MVR-2 and MVR-3 with gradient_clip_val must not be used: it would clip after each pass, the sum of both after the second.
+
+With manual optimization, as below, the closure holds the loop over the micro-batches and everything works.
+"""
+
+import logging
+import warnings
+from typing import Any
+
+import lightning
+import torch
+from task import MICRO, STEPS, Net, batch, build, finish
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+
+class Manual(lightning.LightningModule):
+    """Collects the micro-batches of a step, and then evaluates them as often as the optimizer asks."""
+
+    def __init__(self, variant: str, accumulate: int = 2) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.variant, self.accumulate = variant, accumulate
+        self.net, self.losses, self.waiting = Net(), [], []
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return build(self.variant, self.net)
+
+    def training_step(self, micro_batch: list[Tensor], index: int) -> None:
+        self.waiting.append(micro_batch)
+        if len(self.waiting) < self.accumulate:
+            return
+
+        def closure() -> Tensor:
+            total = torch.zeros((), dtype=torch.float64, device=self.device)
+            for x, y in self.waiting:
+                loss = self.net(x, y) / self.accumulate
+                self.manual_backward(loss)
+                total += loss.detach()
+            return total
+
+        self.losses.append(self.optimizers().step(closure=closure).item())
+        self.waiting.clear()
+
+    def on_train_end(self) -> None:
+        self.optimizers().flush()  # MVR-2 holds its last update back
+
+
+class Automatic(lightning.LightningModule):
+    """What most existing code is."""
+
+    def __init__(self, variant: str) -> None:
+        super().__init__()
+        self.variant, self.net, self.losses = variant, Net(), []
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return build(self.variant, self.net)
+
+    def training_step(self, micro_batch: list[Tensor], index: int) -> Tensor:
+        loss = self.net(*micro_batch)
+        self.losses.append(loss.item())
+        return loss
+
+    def on_train_end(self) -> None:
+        self.optimizers().flush()
+
+
+def fit(module: Manual | Automatic, rows: int = MICRO, resume: str | None = None, **options: Any) -> lightning.Trainer:
+    """Train a module on all steps once, `rows` samples a micro-batch."""
+    x, y = (torch.cat(parts) for parts in zip(*map(batch, range(STEPS)), strict=True))
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = lightning.Trainer(max_epochs=1, accelerator="cpu", devices=1, **{**quiet, **options})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of few loader workers
+        trainer.fit(module, DataLoader(TensorDataset(x, y), batch_size=rows), ckpt_path=resume)
+    return trainer
+
+
+def train(variant: str) -> tuple[list[float], list[Tensor]]:
+    """The losses of every step (at the weights that the model then holds), and the final weights."""
+    module = Manual(variant)
+    fit(module)
+    return module.losses, [p.detach() for p in module.net.parameters()]
+
+
+if __name__ == "__main__":
+    finish({variant: train(variant) for variant in ("gluon", "mvr1", "mvr2", "mvr3")})
