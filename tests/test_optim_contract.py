@@ -862,6 +862,25 @@ def test_both_passes_see_the_same_random_numbers(variant):
     assert len(drawn) == 3
 
 
+@two_passes
+def test_random_numbers_of_previous_do_not_count(variant):
+    """Where `previous` draws otherwise, the generator still goes on from where the closure leaves it."""
+    p = parameter(1.0, 2.0)
+    optimizer = VARIANTS[variant]([p], norm="rms")
+    for k in range(3):
+
+        def closure(draws=2):
+            torch.rand(draws)
+            (p * vector(3.0, 1.0)).sum().backward()
+
+        torch.manual_seed(k)
+        optimizer.step(closure, partial(closure, 5))
+        after = torch.get_rng_state()
+        torch.manual_seed(k)
+        torch.rand(2)
+        assert torch.equal(after, torch.get_rng_state())
+
+
 @variants
 def test_accumulation_by_several_backwards(variant):
     whole, parts = Net(), Net()
