@@ -8,6 +8,7 @@ This file is the outline of a run: data, model, optimizer, schedule, the loop. `
 algorithm may skip.
 """
 
+import os
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -21,7 +22,6 @@ if __name__ == "__main__":  # a mistake in the options is told before torch take
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from data import embedded
 from data.loader import BatchLoader, TokenStream
@@ -30,9 +30,10 @@ from model import GPT, GPTConfig
 from optim import Gluon, GluonMVR1, GluonMVR2, GluonMVR3
 from training import checkpoint
 from training.checkpoint import Checkpointer
+from training.finite import FiniteGuard
 from training.metrics import Clock, Metrics, Progress
 from training.ranks import Ranks, StopSignal
-from training.run_folder import prepare_run
+from training.run_folder import ask_for_requeue, forget_requeue, prepare_run
 
 OPTIMIZERS = {"gluon": Gluon, "mvr1": GluonMVR1, "mvr2": GluonMVR2, "mvr3": GluonMVR3, "adamw": Gluon}
 
@@ -86,23 +87,23 @@ def validate(model: nn.Module, stream: TokenStream, config: Config, ranks: Ranks
 
 
 def train(config: Config) -> None:
+    """Start this process's place among the ranks, and run."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what --deterministic needs of cuBLAS
+    ranks = Ranks.start(config.device, config.rank_timeout)
+    with ranks.naming_the_lost():
+        run(config, ranks)
+    ranks.close()
+
+
+def run(config: Config, ranks: Ranks) -> None:
     """One run, from its config to its last checkpoint."""
-    ranks = Ranks.start(config.device)
     device = ranks.device
     on_cuda = device.type == "cuda"
     torch.manual_seed(config.seed)
     torch.use_deterministic_algorithms(config.deterministic)
 
     # Data: the same global stream of batches for every world size.
-    if config.text and not list_shards(config.data_dir):
-        ranks.agree(lambda: str(embedded.prepare(config.data_dir)))
-    val_stream = TokenStream(config.data_dir, "val")
-    loader = BatchLoader(
-        TokenStream(config.data_dir, "train"), batch_size=config.batch_size, seq_len=config.seq_len, rank=ranks.rank,
-        world_size=ranks.size, device=device, vocab_size=config.vocab_size,
-        shuffle_seed=config.seed if config.shuffle else None,
-    )  # fmt: skip
-    check_tokens(config, loader, val_stream)
+    loader, val_stream = ranks.together(lambda: open_data(config, ranks))
     rows = config.batch_size // ranks.size
     micro = max(m for m in range(1, min(rows, config.micro_batch_size) + 1) if rows % m == 0)
     accumulation = rows // micro
@@ -113,21 +114,24 @@ def train(config: Config) -> None:
     model = GPT(GPTConfig(config.vocab_size, config.n_layer, config.n_head, config.d_model, config.seq_len))
     model.to(device, torch.float64 if dtype == "float64" else torch.float32)
     compiled = torch.compile(model) if config.compile == "on" or (config.compile == "auto" and on_cuda) else model
-    net = compiled
-    if ranks.size > 1:
-        net = DistributedDataParallel(compiled, gradient_as_bucket_view=True, broadcast_buffers=False)
+    net = ranks.replicate(compiled)
     optimizer = build_optimizer(model, config)
 
     # Where to start, and where to write.
     run_dir = Path(config.results_dir) / config.run_name
     source, state = ranks.agree(lambda: prepare_run(run_dir, config))
-    start, passes, seconds, metrics_bytes = 0, 0, 0.0, 0
+    start, passes, skipped, seconds, metrics_bytes = 0, 0, 0, 0.0, 0
     if source is not None:
-        checkpoint.load(source, state, model, optimizer)
-        start, passes, seconds, metrics_bytes = (state[key] for key in ("step", "passes", "seconds", "metrics_bytes"))
-    checkpoints = Checkpointer(run_dir, ranks, config.keep_checkpoints)
-    metrics = Metrics(run_dir, config, ranks.first, metrics_bytes)
+        ranks.together(lambda: checkpoint.load(source, state, model, optimizer))
+        start, passes, skipped, seconds, metrics_bytes = (
+            state[key] for key in ("step", "passes", "skipped", "seconds", "metrics_bytes")
+        )
+    checkpoints = Checkpointer(run_dir, ranks, config.keep_checkpoints, config.keep_every)
+    metrics = Metrics(run_dir, config, ranks, metrics_bytes)
+    finite = FiniteGuard(model, optimizer, loader, ranks, config.on_nan, skipped)
     stop = StopSignal(ranks)
+    if ranks.first:
+        forget_requeue(run_dir)
     clock = Clock(seconds)
     progress = Progress(config, ranks, start, model.flops_per_token(config.seq_len))
     first_pass, first_second = passes, seconds
@@ -139,13 +143,14 @@ def train(config: Config) -> None:
     )
 
     def record(update: int, **losses: float) -> None:
-        for name, loss in losses.items():
-            if not loss < float("inf"):
-                raise UserError(f"{name} is {loss} at update {update}: lower --lr, or go on from a checkpoint with --resume")
-        metrics.write(
+        finite.settle(**losses)
+        extra = {"skipped": finite.skipped} if finite.skipped else {}
+        spike = metrics.write(
             update=update, tokens=update * config.batch_size * config.seq_len, passes=passes,
-            seconds=round(clock.seconds, 3), **losses,
+            seconds=round(clock.seconds, 3), **losses, **extra,
         )  # fmt: skip
+        if spike:
+            progress.say(f"update {update}: the loss jumped to {losses['train_loss']:.4f}, {spike:.1f} deviations up")
         progress.show(update, passes - first_pass, clock.seconds - first_second, **losses)
 
     def evaluate() -> None:
@@ -155,13 +160,15 @@ def train(config: Config) -> None:
         clock.start()
 
     def save(step: int) -> None:
-        position = {"passes": passes, "seconds": clock.seconds, "metrics_bytes": metrics.durable_bytes()}
+        finite.check_state()
+        position = {"passes": passes, "skipped": finite.skipped, "seconds": clock.seconds}
+        position["metrics_bytes"] = metrics.durable_bytes()
         checkpoints.save(step, model, optimizer, {**position, "config": config.to_dict()})
 
     clock.start()
     if start == 0:
         evaluate()
-    stopped = False
+    stopped = ""
     for step in range(start, config.steps):
         inputs, targets = loader.batch(step)
         lr, momentum = schedule(config, step)
@@ -180,14 +187,16 @@ def train(config: Config) -> None:
                         part = net(x, y) / accumulation
                     part.backward()
                 loss = loss + part.detach()
+            finite.look(loss)
             return loss
 
         # MVR-2's pass at the previous weights adds to the gradient that the second pass reduces: one reduction a step.
-        before = optimizer.updates
-        loss = optimizer.step(gradients, lambda: gradients(reduce=config.optimizer != "mvr2"))
+        before, loss = optimizer.updates, None
+        with finite.step(step):  # with --on-nan skip, a step whose numbers are not finite ends here and leaves no loss
+            loss = optimizer.step(gradients, lambda: gradients(reduce=config.optimizer != "mvr2"))
         at = optimizer.updates if config.optimizer == "mvr2" else before
 
-        if at % config.log_every == 0:
+        if loss is not None and at % config.log_every == 0:
             record(at, train_loss=ranks.mean(loss).item())
         if optimizer.updates != before and optimizer.updates % config.val_every == 0 and optimizer.updates < config.steps:
             evaluate()
@@ -200,19 +209,34 @@ def train(config: Config) -> None:
 
     if start == config.steps:
         progress.say(f"all {config.steps} steps were done; --steps more goes on")
-    if (error := checkpoints.wait()) and ranks.first:
-        raise UserError(f"the last checkpoint could not be written: {error}")
+    ranks.together(checkpoints.finish)
     if stopped:
+        if ranks.first and stopped == "preempted":
+            ask_for_requeue(run_dir)
         progress.say(f"stopped after step {step + 1} of {config.steps}; --resume auto goes on from there")
     else:
         optimizer.flush()
         evaluate()
-        if ranks.first:
-            checkpoint.save_weights(run_dir / "model.safetensors", model)
+        finite.check_state()
+        ranks.agree(lambda: checkpoint.save_weights(run_dir / "model.safetensors", model))
         progress.say(f"{config.run_name}: {optimizer.updates} updates, {passes} gradient evaluations, {clock.seconds:.1f} s")
     progress.close()
-    metrics.close()
-    ranks.close()
+    ranks.agree(metrics.close)
+    loader.close()
+
+
+def open_data(config: Config, ranks: Ranks) -> tuple[BatchLoader, TokenStream]:
+    """The batches and the validation split. Raises UserError where the data can't be what the config asks for."""
+    if config.text and not list_shards(config.data_dir):
+        embedded.prepare(config.data_dir)  # one process builds it, and the others wait for that one
+    val_stream = TokenStream(config.data_dir, "val")
+    loader = BatchLoader(
+        TokenStream(config.data_dir, "train"), batch_size=config.batch_size, seq_len=config.seq_len, rank=ranks.rank,
+        world_size=ranks.size, device=ranks.device, vocab_size=config.vocab_size,
+        shuffle_seed=config.seed if config.shuffle else None,
+    )  # fmt: skip
+    check_tokens(config, loader, val_stream)
+    return loader, val_stream
 
 
 def check_tokens(config: Config, loader: BatchLoader, val_stream: TokenStream) -> None:

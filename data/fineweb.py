@@ -26,12 +26,11 @@ from data.shards import (
     Manifest,
     ShardInfo,
     read_manifest,
-    run_main,
     shard_info,
-    sync_directory,
     write_manifest,
 )
-from training.errors import UserError
+from training.errors import UserError, one_line_errors
+from training.files import sync_directory
 
 if TYPE_CHECKING:
     from huggingface_hub.file_download import HfFileMetadata
@@ -284,4 +283,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    with one_line_errors("error"):
+        main()

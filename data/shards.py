@@ -13,16 +13,14 @@ import json
 import os
 import re
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
-from training.errors import UserError
+from training.errors import UserError, one_line_errors
+from training.files import atomic_file
 
 MAGIC = 20240520
 VERSION = 1
@@ -61,39 +59,6 @@ class Manifest:
     source: str
     licence: str
     files: dict[str, ShardInfo] = field(default_factory=dict)
-
-
-@contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A binary file that appears under `path`, whole and on disk, when the block ends; never if it raises."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            yield file
-            file.flush()
-            os.fchmod(file.fileno(), 0o666 & ~_umask())  # mkstemp makes files that only the owner can read
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    sync_directory(path.parent)
-
-
-def _umask() -> int:
-    """The process's umask (which can only be read by setting it)."""
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
-
-
-def sync_directory(directory: Path) -> None:
-    """Make the names in `directory` durable."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # ---- writing
@@ -358,20 +323,6 @@ def main(arguments: list[str] | None = None) -> None:
         raise UserError(f"{directory}: {len(bad)} of {len(results)} shards are not right, the first is {bad[0]}")
 
 
-def run_main(entry: Callable[[], None]) -> None:
-    """Run a command's `main`: what the user can mend is one line on stderr and exit code 2."""
-    try:
-        entry()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        print(f"error: {error.filename or 'input/output'}: {error.strerror or error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-
-
 if __name__ == "__main__":
-    run_main(main)
+    with one_line_errors("error"):
+        main()

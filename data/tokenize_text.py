@@ -24,8 +24,9 @@ from typing import Any
 
 import numpy as np
 
-from data.shards import Manifest, Progress, ShardWriter, list_shards, run_main, sync_directory, write_manifest
-from training.errors import UserError
+from data.shards import Manifest, Progress, ShardWriter, list_shards, write_manifest
+from training.errors import UserError, one_line_errors
+from training.files import sync_directory
 
 ENCODINGS = ("gpt2", "bytes")
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -351,4 +352,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    with one_line_errors("error"):
+        main()

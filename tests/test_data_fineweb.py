@@ -20,7 +20,7 @@ from hub_server import HubServer
 
 from data import fineweb
 from data.shards import ShardInfo, check_split, list_shards, read_manifest, verify, write_shard
-from training.errors import UserError
+from training.errors import UserError, one_line_errors
 
 pytest.importorskip("huggingface_hub")
 
@@ -32,8 +32,9 @@ import sys, time
 sleep = time.sleep
 time.sleep = lambda seconds: sleep(min(seconds, 0.02))
 from data import fineweb
-from data.shards import run_main
-run_main(fineweb.main)
+from training.errors import one_line_errors
+with one_line_errors("error"):
+    fineweb.main()
 """
 
 
@@ -284,7 +285,7 @@ def test_other_data_is_not_mixed_in(tmp_path, capsys):
     manifest = fineweb.Manifest("gpt2", 50257, "something else", "", {"sotu_train_000001.bin": info})
     fineweb.write_manifest(tmp_path, manifest)
     for count, message in ((1, "holds other data"), (0, "--shards must be 1 to 103"), (104, "--shards must be")):
-        with pytest.raises(SystemExit) as caught:
-            fineweb.run_main(lambda count=count: fineweb.main(["--shards", str(count), "--data-dir", str(tmp_path)]))
+        with pytest.raises(SystemExit) as caught, one_line_errors("error"):
+            fineweb.main(["--shards", str(count), "--data-dir", str(tmp_path)])
         error = capsys.readouterr().err
         assert caught.value.code == 2 and message in error and error.count("\n") == 1

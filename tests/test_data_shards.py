@@ -27,7 +27,7 @@ from data.shards import (
     write_manifest,
     write_shard,
 )
-from training.errors import UserError
+from training.errors import UserError, one_line_errors
 
 ROOT = Path(__file__).resolve().parent.parent
 fuzz = settings(max_examples=300, deadline=None, derandomize=True, database=None)
@@ -320,8 +320,8 @@ def test_the_command(tmp_path):
 
 def test_the_command_without_a_directory(tmp_path, capsys):
     for path, message in ((tmp_path / "none", "no such directory"), (tmp_path, "holds no shards")):
-        with pytest.raises(SystemExit) as caught:
-            shards.run_main(lambda path=path: shards.main([str(path)]))
+        with pytest.raises(SystemExit) as caught, one_line_errors("error"):
+            shards.main([str(path)])
         assert caught.value.code == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1

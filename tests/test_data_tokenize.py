@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from data import embedded, tokenize_text
-from data.shards import check_split, list_shards, read_manifest, run_main, verify
+from data.shards import check_split, list_shards, read_manifest, verify
 from data.tokenize_text import load_encoder, load_gpt2, tokenize_documents
-from training.errors import UserError
+from training.errors import UserError, one_line_errors
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -35,7 +35,8 @@ def command(capsys, *arguments):
     """Run the command in this process: (exit code, stdout, stderr)."""
     code = 0
     try:
-        run_main(lambda: tokenize_text.main([str(argument) for argument in arguments]))
+        with one_line_errors("error"):
+            tokenize_text.main([str(argument) for argument in arguments])
     except SystemExit as error:
         code = error.code
     captured = capsys.readouterr()

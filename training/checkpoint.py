@@ -5,14 +5,16 @@
         optimizer-00000.safetensors  per rank, the buffers of the parameters that it owns
         state.json                   the position in the run, the optimizer's scalars, and the sha256 of the files
 
-Ranks write their files into a hidden folder, each with its checksum beside it; when all are there, rank 0 writes
-state.json and renames the folder, so a checkpoint is whole or not there. Ranks wait for each other through the file system
-and not through collectives, so that writing can go on in a thread while training does. Any world size can load it.
+Ranks write their files into a hidden folder and tell rank 0 the checksums; when it has all, it writes state.json and renames
+the folder, so a checkpoint is whole or not there. They tell it through the store that they met at and not by collectives, so
+that writing can go on in a thread while training does. Any world size can load it.
 """
 
 import hashlib
 import json
+import math
 import os
+import re
 import shutil
 import threading
 import time
@@ -20,30 +22,36 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from data.shards import atomic_file, sync_directory
 from training.errors import UserError
+from training.files import atomic_file, sync_directory
 from training.ranks import Ranks
 
 _WAIT_SECONDS = 600.0
+_POSITION = ("step", "passes", "skipped", "metrics_bytes")
+_NAME = re.compile(r"step_(\d{7,})")
 
 
 class Checkpointer:
-    """Writes the checkpoints of a run in the background, and keeps the newest `keep` of them."""
+    """Writes the checkpoints of a run in the background; keeps the newest `keep`, and those of every `keep_every` steps."""
 
-    def __init__(self, run_dir: Path, ranks: Ranks, keep: int) -> None:
-        self._folder, self._ranks, self._keep = run_dir / "checkpoints", ranks, keep
+    def __init__(self, run_dir: Path, ranks: Ranks, keep: int, keep_every: int = 0) -> None:
+        self._folder, self._ranks, self._keep, self._keep_every = run_dir / "checkpoints", ranks, keep, keep_every
         self._thread: threading.Thread | None = None
         self._error: str | None = None
         # Tells the files of this launch from those that a killed one left half written.
-        self._launch = ranks.agree(lambda: uuid.uuid4().hex[:8])
-        if ranks.first and self._folder.exists():
-            for stale in self._folder.glob(".step_*"):
+        self._launch = ranks.agree(self._clean)
+
+    def _clean(self, before: float = math.inf) -> str:
+        """Remove what is hidden, of steps before this one. A name for this launch."""
+        for stale in self._folder.glob(".step_*"):
+            if int(_NAME.search(stale.name)[1]) < before:
                 shutil.rmtree(stale, ignore_errors=True)
+        return uuid.uuid4().hex[:8]
 
     def save(self, step: int, model: nn.Module, optimizer: Optimizer, position: dict[str, Any]) -> None:
         """Copy the state, and write it while training goes on. `position` goes into state.json as it is."""
@@ -61,61 +69,94 @@ class Checkpointer:
             for group in optimizer.param_groups
         ]
         state = {"format": 1, "step": step, **position, "optimizer": {"groups": groups, "state": scalars}}
-        self._thread = threading.Thread(target=self._write, args=(step, weights, buffers, state), daemon=True)
+        self._thread = threading.Thread(target=self._write, args=(step, weights, buffers, state))
         self._thread.start()
 
     def wait(self) -> str | None:
-        """Wait for the write under way; what went wrong with it, if anything did."""
+        """Wait for the write under way; what went wrong with it, if anything did (and is told)."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
         error, self._error = self._error, None
         if error is not None and self._ranks.first:
-            print(f"checkpoint not written: {error}; the older ones are whole and the run goes on", flush=True)
+            print(f"checkpoint not written: {error}; the older ones are whole", flush=True)
         return error
+
+    def finish(self) -> None:
+        """Wait for the last checkpoint. Raises UserError where it could not be written."""
+        if error := self.wait():
+            raise UserError(f"the last checkpoint could not be written ({error}); mend that, then --resume auto")
 
     def _write(self, step: int, weights: dict[str, Tensor] | None, buffers: dict[str, Tensor], state: dict[str, Any]) -> None:
         name = f"step_{step:07d}"
         temporary = self._folder / f".{name}-{self._launch}"
         try:
-            temporary.mkdir(parents=True, exist_ok=True)
-            _write_tensors(temporary / f"optimizer-{self._ranks.rank:05d}.safetensors", buffers)
+            own = self._write_own(temporary, buffers)
             if weights is None:
+                self._report(step, own)
                 return
-            _write_tensors(temporary / "model.safetensors", weights)
-            state["files"] = self._collect(temporary)
+            if state["metrics_bytes"] is None:
+                raise UserError("metrics.jsonl can't be written, and is part of it")
+            own |= {"model.safetensors": _write_tensors(temporary / "model.safetensors", weights)}
+            state["files"] = own | self._collect(step)
             _write_json(temporary / "state.json", state)
             final = self._folder / name
             if final.exists():  # of an earlier life of this run; equal, or damaged
-                shutil.rmtree(final)
+                _remove(final)
             os.rename(temporary, final)
             sync_directory(self._folder)
             for old in list_checkpoints(self._folder)[self._keep :]:
-                shutil.rmtree(old)
-        except (OSError, UserError) as error:
-            self._error = getattr(error, "strerror", None) or str(error)
+                if not self._keep_every or step_of(old) % self._keep_every:
+                    _remove(old)
+            self._clean(before=step)
+        except Exception as error:  # whatever it is, the run goes on
+            self._error = _reason(error)
             if self._ranks.first:
                 shutil.rmtree(temporary, ignore_errors=True)
+            else:
+                self._report(step, {"error": f"{self._error} (rank {self._ranks.rank})"})
 
-    def _collect(self, folder: Path) -> dict[str, str]:
-        """The checksums of all files, when every rank has written its own."""
-        expected = ["model", *(f"optimizer-{rank:05d}" for rank in range(self._ranks.size))]
+    def _write_own(self, folder: Path, buffers: dict[str, Tensor]) -> dict[str, str]:
+        """Write this rank's file; its name and checksum."""
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"optimizer-{self._ranks.rank:05d}.safetensors"
+        return {name: _write_tensors(folder / name, buffers)}
+
+    def _key(self, step: int, rank: int) -> str:
+        return f"{self._launch}/{step}/{rank}"
+
+    def _report(self, step: int, sums: dict[str, str]) -> None:
+        """Tell rank 0 the checksums of this rank's files, or what went wrong."""
+        try:
+            self._ranks.store.set(self._key(step, self._ranks.rank), json.dumps(sums))
+        except RuntimeError as error:  # the store has gone, and rank 0 with it
+            self._error = _reason(error)
+
+    def _collect(self, step: int) -> dict[str, str]:
+        """The checksums of the other ranks' files, when all have told theirs."""
+        sums: dict[str, str] = {}
         deadline = time.monotonic() + _WAIT_SECONDS
-        while missing := [name for name in expected if not (folder / f"{name}.sha256").exists()]:
-            if time.monotonic() > deadline:
-                raise UserError(f"{missing[0]}.safetensors did not come within {_WAIT_SECONDS:.0f} s from its rank")
-            time.sleep(0.01)
-        sums = {}
-        for name in expected:
-            sidecar = folder / f"{name}.sha256"
-            sums[f"{name}.safetensors"] = sidecar.read_text()
-            sidecar.unlink()
+        for rank in range(1, self._ranks.size):
+            key = self._key(step, rank)
+            while not self._ranks.store.check([key]):
+                if time.monotonic() > deadline:
+                    raise UserError(f"rank {rank} did not write its part within {_WAIT_SECONDS:.0f} s")
+                time.sleep(0.01)
+            sums |= json.loads(self._ranks.store.get(key))
+            self._ranks.store.delete_key(key)
+            if "error" in sums:
+                raise UserError(sums["error"])
         return sums
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a folder, newest first."""
-    return sorted(folder.glob("step_*"), reverse=True)
+    return sorted((path for path in folder.glob("step_*") if _NAME.fullmatch(path.name)), key=step_of, reverse=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint's folder is named after."""
+    return int(_NAME.fullmatch(checkpoint.name)[1])
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -123,14 +164,18 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     try:
         state = json.loads((checkpoint / "state.json").read_text())
         files = state["files"]
+        if state["format"] != 1 or "model.safetensors" not in files or any(type(state[key]) is not int for key in _POSITION):
+            raise ValueError("state.json is not one of ours")
+        state["config"], state["optimizer"]["groups"], float(state["seconds"])  # are there
         for name, expected in files.items():
             with open(checkpoint / name, "rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != expected:
                     raise UserError(f"{checkpoint / name} is damaged: its checksum is another than when it was written")
     except FileNotFoundError as error:
         raise UserError(f"{checkpoint} is no whole checkpoint: {Path(error.filename).name} is missing") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{checkpoint} can't be read as a checkpoint ({error})") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else _reason(error)
+        raise UserError(f"{checkpoint} can't be read as a checkpoint ({reason})") from None
     return state
 
 
@@ -144,55 +189,87 @@ def newest_state(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
+def has_checkpoints(folder: Path) -> bool:
+    """Whether there is a checkpoint, be it whole or damaged."""
+    return bool(list_checkpoints(folder))
+
+
 def load(checkpoint: Path, state: dict[str, Any], model: nn.Module, optimizer: Optimizer) -> None:
-    """Load weights and optimizer. Raises UserError where they belong to another model or another optimizer."""
+    """Load weights and optimizer. Raises UserError where they belong to another model or another optimizer.
+
+    The optimizer's options stay those that it was built with; what it counts and what is pending come from the checkpoint.
+    """
     try:
         model.load_state_dict(load_file(checkpoint / "model.safetensors"))
     except RuntimeError as error:
         raise UserError(f"{checkpoint} is of another model: {str(error).splitlines()[-1].strip()}") from None
-    saved = state["optimizer"]
     names = {p: name for name, p in model.named_parameters()}
     order = [names[p] for group in optimizer.param_groups for p in group["params"]]
-    if order != [name for group in saved["groups"] for name in group["params"]]:
-        raise UserError(f"{checkpoint} is of another optimizer: its parameter groups differ")
-    where = {}
-    for path in sorted(checkpoint.glob("optimizer-*.safetensors")):
+    try:
+        saved = state["optimizer"]
+        if order != [name for group in saved["groups"] for name in group["params"]]:
+            raise UserError(f"{checkpoint} is of another optimizer: its parameter groups differ")
+        index = {name: i for i, name in enumerate(order)}
+        groups = []
+        for group, built in zip(saved["groups"], optimizer.param_groups, strict=True):
+            values = {key: tuple(value) if isinstance(value, list) else value for key, value in group.items()}
+            options = {key: built[key] for key in optimizer.defaults}
+            groups.append({**values, **options, "params": [index[name] for name in group["params"]]})
+        buffers = _load_buffers(checkpoint, state["files"], {names[p]: optimizer.state[p] for p in names})
+        loaded = {i: dict(saved["state"][name]) | buffers[name] for name, i in index.items()}
+        optimizer.load_state_dict({"state": loaded, "param_groups": groups})
+    except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{checkpoint} is of another optimizer: {_reason(error)}") from None
+
+
+def _load_buffers(checkpoint: Path, files: dict[str, str], wanted: dict[str, dict[str, Any]]) -> dict[str, dict[str, Tensor]]:
+    """By parameter, the buffers that this rank's optimizer has, from whichever ranks' files hold them."""
+    where: dict[str, Path] = {}
+    for path in (checkpoint / name for name in sorted(files) if name.startswith("optimizer-")):
         with safe_open(path, "pt") as file:
             where |= dict.fromkeys(file.keys(), path)
-    loaded: dict[int, dict[str, Any]] = {}
-    index = {name: i for i, name in enumerate(order)}
-    for p, name in names.items():
-        loaded[index[name]] = dict(saved["state"][name])
-        for key, buffer in optimizer.state[p].items():
-            if not isinstance(buffer, Tensor):
-                continue
+    loaded: dict[str, dict[str, Tensor]] = {}
+    for name, state in wanted.items():
+        loaded[name] = {}
+        for key in (key for key, value in state.items() if isinstance(value, Tensor)):
             if f"{name}/{key}" not in where:
-                raise UserError(f"{checkpoint} is of another optimizer: it has no {key} of {name}")
+                raise ValueError(f"it has no {key} of {name}")
             with safe_open(where[f"{name}/{key}"], "pt") as file:
-                loaded[index[name]][key] = file.get_tensor(f"{name}/{key}")
-    groups = [{**group, "params": [index[name] for name in group["params"]]} for group in saved["groups"]]
-    for group in groups:
-        group["betas"] = tuple(group["betas"])
-    optimizer.load_state_dict({"state": loaded, "param_groups": groups})
+                loaded[name][key] = file.get_tensor(f"{name}/{key}")
+    return loaded
 
 
 def save_weights(path: Path, model: nn.Module) -> None:
     """Write the weights alone, atomically."""
-    with atomic_file(path) as file:
-        file.write(save({name: _copy(value) for name, value in model.state_dict().items()}))
+    try:
+        with atomic_file(path) as file:
+            file.write(save({name: _copy(value) for name, value in model.state_dict().items()}))
+    except OSError as error:
+        raise UserError(f"{path} can't be written ({error.strerror}); --resume auto tries again") from None
 
 
 def _copy(value: Tensor) -> Tensor:
     return value.detach().to("cpu", copy=True).contiguous()
 
 
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """A safetensors file, and then its checksum beside it."""
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
+    """Write a safetensors file; its checksum."""
     content = save(tensors)
     with atomic_file(path) as file:
         file.write(content)
-    with atomic_file(path.with_suffix(".sha256")) as file:
-        file.write(hashlib.sha256(content).hexdigest().encode())
+    return hashlib.sha256(content).hexdigest()
+
+
+def _remove(checkpoint: Path) -> None:
+    """Remove a checkpoint, so that one that is removed only in part is never taken for one."""
+    hidden = checkpoint.with_name(f".{checkpoint.name}-removed")
+    shutil.rmtree(hidden, ignore_errors=True)
+    os.rename(checkpoint, hidden)
+    shutil.rmtree(hidden)
+
+
+def _reason(error: Exception) -> str:
+    return " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())
 
 
 def _write_json(path: Path, value: object) -> None:

@@ -56,9 +56,7 @@ class Config:
     n_head: int = option(6, "attention heads", least=1)
     d_model: int = option(768, "width; a multiple of 2 * n_head", least=2)
 
-    optimizer: str = option(
-        "gluon", "the algorithm", choices=("gluon", "mvr1", "mvr2", "mvr3", "adamw"), group="optimizer"
-    )
+    optimizer: str = option("gluon", "the algorithm", choices=("gluon", "mvr1", "mvr2", "mvr3", "adamw"), group="optimizer")
     lr: float = option(3.6e-4, "learning rate; a layer moves by lr * radius", least=0)
     momentum: float = option(0.9, "weight of the past in the momentum (beta)", least=0, below=1)
     gamma: float = option(0.1, "scale of the variance reduction's correction", least=0)
@@ -85,12 +83,14 @@ class Config:
 
     checkpoint_every: int = option(1000, "updates between them; 0: one at the end", least=0, group="checkpoints")
     keep_checkpoints: int = option(2, "newest checkpoints that are kept", least=1)
+    keep_every: int = option(0, "keep every checkpoint at a multiple of this step too; 0: none", least=0)
 
     device: str = option("auto", "where to run", choices=("auto", "cuda", "cpu", "mps"), group="machine")
     dtype: str = option(
         "auto", "precision; auto is bfloat16 on CUDA, else float32", choices=("auto", "float32", "bfloat16", "float64")
     )
     compile: str = option("auto", "torch.compile; auto is on for CUDA", choices=("auto", "on", "off"))
+    rank_timeout: int = option(600, "seconds after which a rank that does not answer ends the run", least=1, most=10**6)
     deterministic: bool = option(False, "the same numbers again on the same machine")
     on_nan: str = option("stop", "what to do at a loss or gradient that is not finite", choices=("stop", "skip"))
 
@@ -169,9 +169,7 @@ def _parser() -> _Parser:
         help = opt.metadata["help"] + (choices and f": {choices}") + (f" [{default}]" if default != "" else "")
         if kind is bool:
             group.add_argument(flag, action="append", nargs="?", const="true", metavar="BOOL", help=help)
-            group.add_argument(
-                "--no-" + flag[2:], dest=opt.name, action="append_const", const="false", help=argparse.SUPPRESS
-            )
+            group.add_argument("--no-" + flag[2:], dest=opt.name, action="append_const", const="false", help=argparse.SUPPRESS)
         else:
             metavar = {int: "INTEGER", float: "NUMBER", str: "TEXT"}[kind]
             group.add_argument(flag, action="append", metavar=metavar, help=help)

@@ -1,25 +1,74 @@
 """What a user can mend is a `UserError`: one line on stderr, exit code 2, no traceback."""
 
 import os
+import signal
 import sys
-from collections.abc import Iterator
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
 class UserError(Exception):
-    """A failure whose message says, in one line, what is wrong and what to do about it."""
+    """A failure whose message says, in one line, what is wrong and what to do about it.
+
+    `everywhere`: all ranks raise it, so that rank 0 alone has to tell.
+    """
+
+    exit_code = 2
+
+    def __init__(self, message: str, everywhere: bool = False) -> None:
+        super().__init__(message)
+        self.everywhere = everywhere
+
+
+# Of several ranks that fail, the first to claim it tells the user. Set once the ranks have met.
+claim_to_tell: Callable[[], bool] | None = None
+_GRACE_SECONDS = 2.0
 
 
 @contextmanager
 def one_line_errors(program: str) -> Iterator[None]:
-    """Turn a `UserError` into one line on stderr, from rank 0 alone, and exit code 2 of every rank."""
+    """Turn what a user can mend into one line on stderr, from one rank, and exit code 2 of every rank."""
     try:
         yield
+        return
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{program}: {error}", file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        # Ranks that leave at different times must not wait for each other in an interpreter's shutdown.
-        if "RANK" in os.environ:
-            os._exit(2)
-        sys.exit(2)
+        code = error.exit_code
+        _tell(f"{program}: {error}", error.everywhere)
+        if code == 2:  # all ranks are there, so a checkpoint that is being written can be finished
+            for thread in threading.enumerate():
+                if not thread.daemon and thread is not threading.current_thread():
+                    thread.join()
+    except OSError as error:
+        code = 2
+        _tell(f"{program}: {error.filename or 'input/output'}: {error.strerror or error}", everywhere=False)
+    except KeyboardInterrupt:
+        code = 130
+        _tell(f"{program}: interrupted", everywhere=True)
+    except Exception:
+        if "RANK" not in os.environ:
+            raise
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if "RANK" in os.environ:  # ranks that leave at different times must not wait for each other in a shutdown
+        os._exit(code)
+    sys.exit(code)
+
+
+def _tell(line: str, everywhere: bool) -> None:
+    """Print the line, unless another rank does."""
+    rank = os.environ.get("RANK", "0")
+    if rank != "0" and everywhere:
+        return
+    if claim_to_tell is not None and not everywhere:
+        if not claim_to_tell():
+            return
+    elif rank != "0":
+        # Most likely rank 0 says the same, and torchrun then ends this rank. Where it does not, this rank alone knows.
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(2))
+        time.sleep(_GRACE_SECONDS)
+    print(line if rank == "0" else f"{line} (rank {rank})", file=sys.stderr, flush=True)

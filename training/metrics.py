@@ -2,8 +2,10 @@
 
 import json
 import os
+import statistics
 import sys
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -22,49 +24,116 @@ PEAK_FLOPS = {
 
 
 class Metrics:
-    """Appends one JSON object a line to metrics.jsonl, on rank 0, and hands it to W&B where asked."""
+    """Appends one JSON object a line to metrics.jsonl, on rank 0, and hands it to W&B where asked.
 
-    def __init__(self, run_dir: Path, config: Config, first: bool, keep_bytes: int) -> None:
+    Where the disk is full, lines wait in memory until there is room again.
+    """
+
+    def __init__(self, run_dir: Path, config: Config, ranks: Ranks, keep_bytes: int) -> None:
         """`keep_bytes`: how much of an existing file stays; what came after a checkpoint is written again."""
-        self._file = None
+        self._file: int | None = None
         self._wandb = None
-        if not first:
-            return
-        self._file = open(run_dir / "metrics.jsonl", "ab")  # noqa: SIM115
-        self._file.truncate(keep_bytes)
-        self._file.seek(keep_bytes)
-        if config.wandb:
-            import wandb
+        self._waiting, self._size = b"", keep_bytes
+        self._spikes = SpikeDetector()
+        ranks.agree(lambda: self._open(run_dir, config))
 
-            self._wandb = wandb.init(
-                project=config.wandb_project, name=config.run_name, id=config.run_name, resume="allow",
-                config=config.to_dict(), dir=str(run_dir),
-            )  # fmt: skip
-
-    def write(self, **values: Any) -> None:
-        """One line: update, tokens, passes, seconds, and losses."""
-        if self._file is None:
-            return
+    def _open(self, run_dir: Path, config: Config) -> None:
+        path = run_dir / "metrics.jsonl"
         try:
-            self._file.write((json.dumps(values) + "\n").encode())
-            self._file.flush()
-        except OSError as error:
-            raise UserError(f"metrics.jsonl can't be written ({error.strerror}); free some disk and --resume auto") from None
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            os.ftruncate(self._file, self._size)
+            for line in os.pread(self._file, self._size, 0).splitlines()[-10 * SpikeDetector.WINDOW :]:
+                self._spikes.add(json.loads(line).get("train_loss"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} can't be continued ({error})") from None
+        if config.wandb:
+            self._wandb = _start_wandb(run_dir, config)
+
+    def write(self, **values: Any) -> float | None:
+        """One line: update, tokens, passes, seconds, and losses; how many deviations high a loss is, if it is a spike."""
+        if self._file is None:
+            return None
+        if spike := self._spikes.add(values.get("train_loss")):
+            values["spike"] = round(spike, 1)
+        self._waiting += (json.dumps(values) + "\n").encode()
+        self._flush()
         if self._wandb:
             self._wandb.log(values)
+        return spike
 
-    def durable_bytes(self) -> int:
-        """The size of metrics.jsonl, after it is safely on disk."""
+    def _flush(self) -> bool:
+        """Write the lines that wait; a line is never left in part. Whether all are written."""
+        try:
+            while self._waiting:
+                written = os.pwrite(self._file, self._waiting, self._size)
+                self._size, self._waiting = self._size + written, self._waiting[written:]
+        except OSError as error:
+            self._size = self._cut()
+            print(f"metrics.jsonl can't be written ({error.strerror}); its lines wait in memory", flush=True)
+        return not self._waiting
+
+    def _cut(self) -> int:
+        """Take what was written of a line back into memory; the size of the lines before it."""
+        content = os.pread(self._file, self._size, 0)
+        whole = content.rfind(b"\n") + 1
+        self._waiting = content[whole:] + self._waiting
+        os.ftruncate(self._file, whole)
+        return whole
+
+    def durable_bytes(self) -> int | None:
+        """The size of metrics.jsonl, after it is safely on disk; None where it can't be."""
         if self._file is None:
             return 0
-        os.fsync(self._file.fileno())
-        return self._file.tell()
+        try:
+            if self._flush():
+                os.fsync(self._file)
+                return self._size
+        except OSError as error:
+            print(f"metrics.jsonl can't be written ({error.strerror})", flush=True)
+        return None
 
     def close(self) -> None:
+        """Write what still waits. Raises UserError where that can't be."""
         if self._file is not None:
-            self._file.close()
+            if self.durable_bytes() is None:
+                raise UserError("the end of metrics.jsonl can't be written; free some disk, then --resume auto")
+            os.close(self._file)
         if self._wandb:
             self._wandb.finish()
+
+
+class SpikeDetector:
+    """A loss is a spike where it is far above the last ones: so many of their standard deviations above their mean."""
+
+    WINDOW, DEVIATIONS = 30, 6.0
+
+    def __init__(self) -> None:
+        self._last: deque[float] = deque(maxlen=self.WINDOW)
+
+    def add(self, loss: float | None) -> float | None:
+        """Take one more loss; by how many deviations it is a spike, None where it is none."""
+        if loss is None:
+            return None
+        above = None
+        if len(self._last) == self.WINDOW and (spread := statistics.pstdev(self._last)) > 0:
+            above = (loss - statistics.fmean(self._last)) / spread
+        self._last.append(loss)
+        return above if above is not None and above > self.DEVIATIONS else None
+
+
+def _start_wandb(run_dir: Path, config: Config) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("--wandb needs the package wandb: pip install wandb") from None
+    try:
+        return wandb.init(
+            project=config.wandb_project, name=config.run_name, id=config.run_name, resume="allow",
+            config=config.to_dict(), dir=str(run_dir),
+        )  # fmt: skip
+    except (wandb.Error, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"Weights & Biases did not start ({reason}); WANDB_MODE=offline needs no account") from None
 
 
 class Clock:

@@ -1,28 +1,49 @@
 """The ranks of a run: one process, or those that torchrun started."""
 
+import errno
 import os
+import re
 import signal
-from collections.abc import Callable
+import socket
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
+from types import FrameType
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from training import errors
 from training.errors import UserError
 
 T = TypeVar("T")
 
 
+class LostRankError(UserError):
+    """Another rank has died or hangs: nothing that the user's options can mend, so not exit code 2."""
+
+    exit_code = 1
+
+
 @dataclass(frozen=True)
 class Ranks:
-    """This process's place among the others, and its device. `host` is a group for messages between CPUs."""
+    """This process's place among the others, and its device.
+
+    `host` is a group for messages between CPUs, `roll_call` one that is used only to find out who is missing, and `store`
+    the key-value store that the ranks met at.
+    """
 
     rank: int
     size: int
     device: torch.device
     host: dist.ProcessGroup | None = None
+    roll_call: dist.ProcessGroup | None = None
+    store: dist.Store | None = None
 
     @property
     def first(self) -> bool:
@@ -30,18 +51,40 @@ class Ranks:
         return self.rank == 0
 
     @classmethod
-    def start(cls, device: str) -> "Ranks":
-        """Choose the device and, under torchrun, join the process group (nccl on CUDA, gloo elsewhere)."""
-        local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        chosen = _choose_device(device, local_rank)
+    def start(cls, device: str, timeout: float) -> "Ranks":
+        """Choose the device and, under torchrun, join the process group (nccl on CUDA, gloo elsewhere).
+
+        A rank that does not answer for `timeout` seconds ends the run.
+        """
         if "RANK" not in os.environ:
-            return cls(0, 1, chosen)
-        if chosen.type == "cuda":
-            torch.cuda.set_device(chosen)
-            dist.init_process_group("nccl", device_id=chosen)
-        else:
-            dist.init_process_group("gloo")
-        return cls(dist.get_rank(), dist.get_world_size(), chosen, dist.new_group(backend="gloo"))
+            return cls(0, 1, _choose_device(device, 0, 1))
+        rank, size = _number("RANK", 0, 2**20), _number("WORLD_SIZE", 1, 2**20)
+        local_rank, local_size = _number("LOCAL_RANK", 0, 2**20, "0"), _number("LOCAL_WORLD_SIZE", 1, 2**20, "1")
+        if rank >= size:
+            raise UserError(f"RANK = {rank} is outside WORLD_SIZE = {size}; start the ranks with torchrun")
+        chosen = _choose_device(device, local_rank, max(local_size, local_rank + 1))
+        store = _meet(rank, size, timedelta(seconds=timeout))
+        errors.claim_to_tell = lambda: _claim(store)
+        # The group on the host must be the first to notice a missing rank: nccl's own timeout aborts the process.
+        longer = timedelta(seconds=timeout + 60 if chosen.type == "cuda" else timeout)
+        try:
+            if chosen.type == "cuda":
+                torch.cuda.set_device(chosen)
+                dist.init_process_group("nccl", store=store, rank=rank, world_size=size, timeout=longer, device_id=chosen)
+            else:
+                dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=longer)
+            groups = [dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)) for _ in range(2)]
+        except RuntimeError as error:
+            raise UserError(f"the ranks could not form a group ({_first_line(error)})") from None
+        return cls(rank, size, chosen, *groups, store)
+
+    def replicate(self, model: nn.Module) -> nn.Module:
+        """The model with its gradients averaged over the ranks."""
+        if self.size == 1:
+            return model
+        with warnings.catch_warnings():  # newer versions of torch have another name for broadcast_buffers
+            warnings.simplefilter("ignore", FutureWarning)
+            return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
     def agree(self, decide: Callable[[], T]) -> T:
         """What rank 0 decides, on every rank; a `UserError` there is raised everywhere."""
@@ -55,8 +98,30 @@ class Ranks:
                 answer[1] = str(error)
         dist.broadcast_object_list(answer, src=0, group=self.host)
         if answer[1] is not None:
-            raise UserError(answer[1])
+            raise UserError(answer[1], everywhere=True)
         return answer[0]
+
+    def together(self, act: Callable[[], T]) -> T:
+        """What `act` gives on each rank; where it raises `UserError` on some, all raise that of the first of them."""
+        if self.size == 1:
+            return act()
+        result, failure = None, None
+        try:
+            result = act()
+        except UserError as error:
+            failure = str(error)
+        for rank, text in enumerate(self.gather(failure)):
+            if text is not None:
+                raise UserError(text if rank == 0 else f"{text} (rank {rank})", everywhere=True)
+        return result
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all ranks, on every rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.host)
+        return values
 
     def mean(self, value: Tensor) -> Tensor:
         """The mean over the ranks, on the device."""
@@ -71,10 +136,11 @@ class Ranks:
             dist.all_reduce(value)
         return value
 
-    def wait(self) -> None:
-        """Wait for every rank."""
+    def largest(self, value: Tensor) -> Tensor:
+        """The maximum over the ranks, on the device."""
         if self.size > 1:
-            dist.barrier(group=self.host)
+            dist.all_reduce(value, dist.ReduceOp.MAX)
+        return value
 
     def check_identical(self, model: nn.Module) -> None:
         """Assert that the weights of all ranks are the same, bit for bit."""
@@ -86,6 +152,25 @@ class Ranks:
         for rank, theirs in enumerate(others):
             assert torch.equal(others[0], theirs), f"the weights of rank {rank} differ from those of rank 0"
 
+    @contextmanager
+    def naming_the_lost(self) -> Iterator[None]:
+        """Where waiting for another rank fails, say which one does not answer."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.size == 1 or not _COMMUNICATION.search(str(error)):
+                raise
+            raise LostRankError(self._who_is_lost(error)) from None
+
+    def _who_is_lost(self, error: RuntimeError) -> str:
+        lost = "another rank" if self.first else "rank 0"  # rank 0 learns all that are missing, the others only about rank 0
+        try:
+            dist.monitored_barrier(self.roll_call, timeout=timedelta(seconds=3), wait_all_ranks=self.first)
+        except RuntimeError as missing:
+            if named := re.search(r"(Ranks? [\d, ]+) failed to pass", str(missing)):
+                lost = named[1].strip().lower()
+        return f"{lost} died or hangs ({_first_line(error)}); --resume auto goes on from the newest checkpoint"
+
     def close(self) -> None:
         """Leave the process group."""
         if dist.is_initialized():
@@ -93,46 +178,98 @@ class Ranks:
 
 
 class StopSignal:
-    """SIGINT and SIGTERM ask for a stop; all ranks learn of it at the same step, without waiting for the device."""
+    """SIGINT, SIGTERM and SIGUSR1 (Slurm's warning) ask for a stop, of which all ranks learn at the end of the same step."""
 
     def __init__(self, ranks: Ranks) -> None:
-        self._ranks, self._asked = ranks, False
-        self._work: dist.Work | None = None
-        self._votes = torch.zeros(1, dtype=torch.int32)
-        for number in (signal.SIGINT, signal.SIGTERM):
+        self._ranks = ranks
+        self._asked: signal.Signals | None = None
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._ask)
 
-    def _ask(self, number: int, frame: object) -> None:
+    def _ask(self, number: int, frame: FrameType | None) -> None:
         if self._asked and number == signal.SIGINT:  # a second Ctrl-C does not wait for the step
             raise KeyboardInterrupt
-        self._asked = True
+        self._asked = signal.Signals(number)
 
-    def agreed(self) -> bool:
-        """Whether any rank had been asked when all last voted. To be called once a step, by every rank."""
-        if self._ranks.size == 1:
-            return self._asked
-        stop = False
-        if self._work is not None:
-            self._work.wait()
-            stop = bool(self._votes.item())
-        self._votes.fill_(int(self._asked))
-        self._work = dist.all_reduce(self._votes, group=self._ranks.host, async_op=True)
-        return stop
+    def agreed(self) -> str:
+        """Why to stop: "", "interrupted" by the user, or "preempted". To be called once a step, by every rank.
+
+        The hosts wait for each other here, the devices do not: a host has only queued the step's work by now.
+        """
+        vote = torch.tensor([0 if self._asked is None else 1 if self._asked == signal.SIGINT else 2], dtype=torch.int32)
+        if self._ranks.size > 1:
+            dist.all_reduce(vote, dist.ReduceOp.MAX, group=self._ranks.host)
+        return ("", "interrupted", "preempted")[vote.item()]
 
 
-def _choose_device(name: str, local_rank: int) -> torch.device:
+def _number(name: str, least: int, below: int, default: str | None = None) -> int:
+    text = os.environ.get(name, default)
+    if text is None:
+        raise UserError(f"RANK is set and {name} is not: start the ranks with torchrun, or unset RANK for one process")
+    if not re.fullmatch(r"\d{1,9}", text) or not least <= int(text) < below:
+        raise UserError(f"the environment's {name} = {text[:40]!r} must be an integer of at least {least}; torchrun sets it")
+    return int(text)
+
+
+def _meet(rank: int, size: int, timeout: timedelta) -> dist.Store:
+    """The store at MASTER_ADDR:MASTER_PORT. torchrun holds it there; without torchrun, rank 0 does."""
+    port = _number("MASTER_PORT", 1, 2**16)
+    host = os.environ.get("MASTER_ADDR", "")
+    if not host:
+        raise UserError("RANK is set and MASTER_ADDR is not: start the ranks with torchrun, or unset RANK for one process")
+    held = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if rank == 0 and not held:
+        _check_free(port)
+    try:
+        store = dist.TCPStore(host, port, size, rank == 0 and not held, timeout, multi_tenant=True)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"the ranks can't meet at {host}:{port} ({_first_line(error)})") from None
+    return dist.PrefixStore(f"launch{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _check_free(port: int) -> None:
+    """Before torch tries, which would tell it in lines of its own."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            what = "is taken" if error.errno == errno.EADDRINUSE else f"can't be used ({error.strerror})"
+            raise UserError(f"MASTER_PORT = {port} {what}; choose another") from None
+
+
+def _claim(store: dist.Store) -> bool:
+    """Whether this rank is the first that wants to tell what went wrong."""
+    try:
+        return store.add("told", 1) == 1
+    except RuntimeError:  # the store went with the rank that held it
+        return True
+
+
+def _choose_device(name: str, local_rank: int, local_size: int) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if count == 0:
             raise UserError("--device cuda, but torch finds no CUDA device here; use --device cpu or a CUDA build of torch")
-        if local_rank >= count:
-            raise UserError(f"torchrun started more processes than the {count} GPUs here; use --nproc_per_node={count}")
+        if local_size > count:
+            raise UserError(f"torchrun started {local_size} processes on {count} GPUs; use --nproc_per_node={count}")
         return torch.device("cuda", local_rank)
     if name == "mps" and not torch.backends.mps.is_available():
         raise UserError("--device mps, but torch finds no Apple GPU here; use --device cpu")
     return torch.device(name)
+
+
+# How gloo's, nccl's and the store's errors can be told from others: all are RuntimeErrors.
+_COMMUNICATION = re.compile(r"gloo|NCCL|nccl|Connection (closed|reset|refused)|[Tt]imed? ?out|monitoredBarrier|TCPStore")
+
+
+def _first_line(error: BaseException) -> str:
+    """An error of torch's in a few words: without the place in its source and the stack that may follow."""
+    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    text = re.sub(r"^\[[^]]*\] ", "", text)
+    return text[:200].rstrip(". ")
 
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -1,24 +1,34 @@
 """The folder of a run: made once, never overwritten by accident; what ran there, and where to go on from."""
 
 import json
+import os
 import platform
 import shutil
 import subprocess
+import sys
+import time
+from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from data.shards import atomic_file
-from training.checkpoint import newest_state, read_state
+from training.checkpoint import has_checkpoints, newest_state, read_state
 from training.config import Config
 from training.errors import UserError
+from training.files import atomic_file
 
+REQUEUE = "requeue"
+_CONTENTS = (
+    "checkpoints", "config.json", "environment.json", "code.diff", "metrics.jsonl", "model.safetensors", "wandb", REQUEUE,
+)  # fmt: skip
 # What makes a checkpoint another experiment's; other options may change on the way.
 _FIXED = (
     "seed", "shuffle", "batch_size", "seq_len", "vocab_size", "n_layer", "n_head", "d_model", "optimizer", "inner",
     "block_norm", "embed_norm",
 )  # fmt: skip
+_VARIABLES = ("OMP_", "MKL_", "NCCL_", "CUDA_", "CUBLAS_", "TORCH_", "PYTORCH_", "GLOO_", "SLURM_JOB_ID")
 
 
 def prepare_run(run_dir: Path, config: Config) -> tuple[Path | None, dict[str, Any] | None]:
@@ -29,13 +39,13 @@ def prepare_run(run_dir: Path, config: Config) -> tuple[Path | None, dict[str, A
     """
     try:
         found = _find(run_dir, config)
-        if found is None and run_dir.exists():
-            shutil.rmtree(run_dir)
+        if found is None:
+            _clear(run_dir)
         (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
         if found is not None:
             _check_same_experiment(*found, config)
             _adopt_metrics(run_dir, *found)
-        _describe(run_dir, config)
+        _describe(run_dir, config, found[1]["step"] if found else 0)
     except OSError as error:
         where = error.filename or run_dir
         raise UserError(f"{where} can't be written ({error.strerror}); choose another --results-dir") from None
@@ -46,8 +56,13 @@ def _find(run_dir: Path, config: Config) -> tuple[Path, dict[str, Any]] | None:
     """What to resume from. None: start fresh, with nothing of an older run in the way."""
     own = run_dir / "checkpoints"
     exists = run_dir.exists() and any(run_dir.iterdir())
+    if exists and not _is_run(run_dir):
+        raise UserError(f"{run_dir} is no run of ours and stays as it is; choose another --run-name or --results-dir")
     if config.resume == "auto":
-        return newest_state(own)
+        found = newest_state(own)
+        if found is None and has_checkpoints(own) and not config.overwrite:
+            raise UserError(f"no checkpoint in {own} is whole any more; --overwrite starts the run again")
+        return found
     if config.resume:
         path = Path(config.resume)
         if not path.exists():
@@ -62,6 +77,37 @@ def _find(run_dir: Path, config: Config) -> tuple[Path, dict[str, Any]] | None:
     if exists and not config.overwrite:
         raise UserError(f"{run_dir} exists; --resume auto goes on with it, --overwrite replaces it, --run-name names another")
     return None
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether a folder holds a run, or what a run that was killed early has left."""
+    try:
+        Config.from_dict(json.loads((folder / "config.json").read_text()))
+        return True
+    except (OSError, ValueError, UserError):
+        return all(_is_ours(path) for path in folder.iterdir())
+
+
+def _is_ours(path: Path) -> bool:
+    return path.name in _CONTENTS or any(path.match(f".{name}.*.tmp") for name in _CONTENTS)
+
+
+def _clear(run_dir: Path) -> None:
+    """Remove an older run from its folder, and nothing else that a user may have put there."""
+    for path in run_dir.iterdir() if run_dir.exists() else ():
+        if _is_ours(path):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def ask_for_requeue(run_dir: Path) -> None:
+    """Leave the marker on which scripts/slurm.sh puts the job into the queue again."""
+    with suppress(OSError), atomic_file(run_dir / REQUEUE):  # a full disk must not turn a clean stop into a failure
+        pass
+
+
+def forget_requeue(run_dir: Path) -> None:
+    """Remove the marker: the run goes on."""
+    (run_dir / REQUEUE).unlink(missing_ok=True)
 
 
 def _check_same_experiment(checkpoint: Path, state: dict[str, Any], config: Config) -> None:
@@ -84,20 +130,35 @@ def _adopt_metrics(run_dir: Path, checkpoint: Path, state: dict[str, Any]) -> No
         shutil.copyfile(source, target)
 
 
-def _describe(run_dir: Path, config: Config) -> None:
-    """The resolved config, the environment and the code's version."""
+def _describe(run_dir: Path, config: Config, step: int) -> None:
+    """The resolved config; the environment of every launch, with the step that it started from; the code's changes."""
     root = Path(__file__).resolve().parent.parent
     environment = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
+        "step": step,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "command": sys.argv,
+        "ranks": int(os.environ.get("WORLD_SIZE", 1)),
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name(),
+        "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if torch.cuda.is_available() else None,
+        "packages": {dist.metadata["Name"]: dist.version for dist in metadata.distributions()},
+        "variables": {key: value for key, value in sorted(os.environ.items()) if key.startswith(_VARIABLES)},
         "revision": _git(root, "rev-parse", "HEAD").strip(),
     }
+    path = run_dir / "environment.json"
+    try:
+        launches = json.loads(path.read_text()) if step else []
+    except (OSError, ValueError):
+        launches = []
     for name, text in (
         ("config.json", json.dumps(config.to_dict(), indent=1)),
-        ("environment.json", json.dumps(environment, indent=1)),
+        ("environment.json", json.dumps([*launches, environment], indent=1)),
         ("code.diff", _git(root, "diff", "HEAD")),
     ):
         with atomic_file(run_dir / name) as file:

@@ -1,0 +1,158 @@
+"""Losses and gradients that are not finite: found on any rank before they can reach a checkpoint.
+
+Every pass ends with one small vector on the device: for the loss and for the gradient of each parameter, whether it is
+finite. Where a step can still be undone (`--on-nan skip`) or where looking costs nothing (a CPU), the vector is read at once
+and the pass raises `NotFiniteError`, which leaves the optimizer's step before it has touched weights or momentum. On CUDA a
+run that would stop anyway does not wait for the device: the vector is copied to the host while the next step is queued, and
+read one step later. Whatever is written (metrics, checkpoints) is preceded by `settle`, which reads what is still under way.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from data.loader import BatchLoader
+from training.errors import UserError
+from training.ranks import Ranks
+
+_MOST_IN_A_ROW = 20
+
+
+class NotFiniteError(Exception):
+    """Leaves a pass whose loss or gradient is not finite; raised by all ranks."""
+
+
+class FiniteGuard:
+    """Watches the losses and the gradients of a run. `skipped` counts the steps that were skipped."""
+
+    def __init__(
+        self, model: nn.Module, optimizer: Optimizer, loader: BatchLoader, ranks: Ranks, on_nan: str, skipped: int = 0
+    ) -> None:
+        self._model, self._optimizer, self._loader, self._ranks = model, optimizer, loader, ranks
+        self._skip = on_nan == "skip"
+        self._later = ranks.device.type == "cuda" and not self._skip
+        self._names = ["loss", *(name for name, _ in model.named_parameters())]
+        self._step = 0
+        self._flags: Tensor | None = None  # of this step so far, on the device
+        self._travelling: tuple[int, Tensor, torch.cuda.Event] | None = None  # of the step before, to the host
+        self.skipped, self._in_a_row = skipped, 0
+
+    def look(self, loss: Tensor) -> None:
+        """At the end of a pass: note whether the loss and the gradients in `.grad` are finite."""
+        gradients = [p.grad for p in self._model.parameters() if p.grad is not None]
+        largest = torch._foreach_norm(gradients, torch.inf)  # unlike the 2-norm it can't overflow
+        bad = ~torch.stack([loss.double(), *(value.double() for value in largest)]).isfinite()
+        # The lowest rank where it is so, as a number that is larger for lower ranks: 0 is nowhere.
+        flags = self._ranks.largest(bad.int() * (self._ranks.size - self._ranks.rank))
+        self._flags = flags if self._flags is None else torch.maximum(self._flags, flags)
+        if not self._later and flags.any():
+            raise NotFiniteError
+
+    @contextmanager
+    def step(self, step: int) -> Iterator[None]:
+        """Around the optimizer's step. A step that is skipped ends early, and without an error."""
+        self._step, self._flags = step, None
+        try:
+            yield
+        except NotFiniteError:
+            what = self._describe(step, self._flags)
+            self._optimizer.zero_grad()
+            if not self._skip:
+                raise UserError(f"{what}; {_ADVICE}", everywhere=True) from None
+            self.skipped += 1
+            self._in_a_row += 1
+            if self._in_a_row > _MOST_IN_A_ROW:
+                raise UserError(f"{what}, as in the {_MOST_IN_A_ROW} steps before; {_ADVICE}", everywhere=True) from None
+            if self._ranks.first:
+                print(f"{what}; skipped, {self.skipped} in all", flush=True)
+        else:
+            self._in_a_row = 0
+            if self._later:
+                self._read()
+                self._send()
+
+    def settle(self, **losses: float) -> None:
+        """Raise UserError where a step so far was not finite, also the last one, or where one of these losses is not."""
+        self._read()
+        for name, loss in losses.items():
+            if not math.isfinite(loss):
+                raise UserError(
+                    f"step {self._step}: the {name} of the weights that it left is {loss}; {_ADVICE}", everywhere=True
+                )
+
+    def check_state(self) -> None:
+        """Before a checkpoint: raise UserError where a weight or a buffer of the optimizer is not finite."""
+        self.settle()
+        names = {p: name for name, p in self._model.named_parameters()}
+        tensors = {f"the weights of {name}": p.detach() for p, name in names.items()}
+        for p, state in self._optimizer.state.items():
+            tensors |= {f"{key} of {names[p]}": value for key, value in state.items() if isinstance(value, Tensor)}
+        largest = torch.stack([value.double() for value in torch._foreach_norm(list(tensors.values()), torch.inf)])
+        mine = next((name for name, ok in zip(tensors, largest.isfinite().tolist(), strict=True) if not ok), None)
+        if found := next((name for name in self._ranks.gather(mine) if name), None):
+            raise UserError(f"step {self._step}: {found} holds numbers that are not finite; {_ADVICE}", everywhere=True)
+
+    def _send(self) -> None:
+        """Start to copy this step's flags to the host."""
+        host = torch.empty(self._flags.shape, dtype=self._flags.dtype, pin_memory=True)
+        host.copy_(self._flags, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+        self._travelling = self._step, host, arrived
+
+    def _read(self) -> None:
+        """Wait for the flags under way, which are those of the step before the one that is queued."""
+        if self._travelling is None:
+            return
+        (step, flags, arrived), self._travelling = self._travelling, None
+        arrived.synchronize()
+        if flags.any():
+            raise UserError(f"{self._describe(step, flags)}; {_ADVICE}", everywhere=True)
+
+    def _describe(self, step: int, flags: Tensor) -> str:
+        """Step, batch, rank and layer, on every rank. A collective."""
+        flags = flags.tolist()
+        bad = [name for name, flag in zip(self._names, flags, strict=True) if flag]
+        # The gradient goes through the layers backwards, so the last layer that it is bad in is the first that it met.
+        what = f"the gradient of {bad[-1]} is not finite"
+        if flags[0]:
+            rank = self._ranks.size - flags[0]
+            # What the weights did in a step that was not undone can't be seen any more.
+            where = None if self._later or rank != self._ranks.rank else self._first_bad_layer(step)
+            where = next((name for name in self._ranks.gather(where) if name), "the forward pass")
+            what = f"the loss is not finite, from {where} on" + (f", on rank {rank}" if self._ranks.size > 1 else "")
+        first = step * self._loader.batch_size
+        return f"step {step}: {what} (batch {step}: sequences {first} to {first + self._loader.batch_size - 1})"
+
+    @torch.no_grad()
+    def _first_bad_layer(self, step: int) -> str:
+        """Evaluate this rank's share of the batch again, and see which layer is the first whose output is not finite."""
+        found: list[str] = []
+
+        def watch(name: str) -> None:
+            def hook(module: nn.Module, inputs: object, output: object) -> None:
+                if not found and isinstance(output, Tensor) and not output.isfinite().all():
+                    found.append(name)
+
+            hooks.append(modules[name].register_forward_hook(hook))
+
+        modules, hooks = dict(self._model.named_modules()), []
+        for name in modules:
+            if name:
+                watch(name)
+        try:
+            for x, y in zip(*(part.split(1) for part in self._loader.batch(step)), strict=True):
+                self._model(x, y)
+                if found:
+                    break
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return found[0] if found else "the head"
+
+
+_ADVICE = "go on from the last checkpoint with --resume auto, and a lower --lr or --on-nan skip"
