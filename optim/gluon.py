@@ -25,6 +25,8 @@ Closure = Callable[[], Any]
 # A bucket holds at most so many elements (one parameter at least), so that a bucket can travel while another is computed
 # and what the step holds beside the momentum stays small.
 BUCKET_ELEMENTS = 2**25
+# On a CPU where nothing travels: what fits its caches, and what malloc gives again instead of fresh pages.
+CPU_BUCKET_ELEMENTS = 2**18
 
 
 class Gluon(Optimizer):
@@ -347,7 +349,8 @@ class Gluon(Optimizer):
                 place = (p.device_mesh, p.placements) if isinstance(p, DTensor) else p.device
                 buckets.setdefault((shape, p.dtype, place), []).append(p)
             for params in buckets.values():
-                for part in _parts(params):
+                small = params[0].device.type == "cpu" and self._ranks_of(params[0], group) is None
+                for part in _parts(params, CPU_BUCKET_ELEMENTS if small else BUCKET_ELEMENTS):
                     yield Bucket(self, group, part)
 
     def _check_layout(self) -> None:
@@ -493,11 +496,11 @@ def average(momenta: list[Tensor], gradients: list[Tensor], beta: float, weight:
         torch._foreach_add_(momenta, gradients, alpha=weight)
 
 
-def _parts(params: list[Tensor]) -> Iterator[list[Tensor]]:
-    """The parameters in runs of at most BUCKET_ELEMENTS elements, or of one parameter."""
+def _parts(params: list[Tensor], limit: int) -> Iterator[list[Tensor]]:
+    """The parameters in runs of at most `limit` elements, or of one parameter."""
     part: list[Tensor] = []
     for p in params:
-        if part and sum(q.numel() for q in part) + p.numel() > BUCKET_ELEMENTS:
+        if part and sum(q.numel() for q in part) + p.numel() > limit:
             yield part
             part = []
         part.append(p)
@@ -559,7 +562,10 @@ def gradient_of(p: Tensor, buffer: Tensor) -> Tensor:
         return torch.zeros_like(local(buffer))
     if p.grad.is_sparse:
         raise RuntimeError("sparse gradients are not supported: build the embedding with sparse=False")
-    return local(p.grad).to(buffer.dtype)
+    gradient = p.grad
+    if isinstance(p, DTensor) and gradient.placements != p.placements:  # tensor-parallel code may leave a partial sum
+        gradient = gradient.redistribute(placements=p.placements)
+    return local(gradient).to(buffer.dtype)
 
 
 def _fold_adamw(state: dict[str, Any], gradient: Tensor, betas: tuple[float, float]) -> None:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from optim.gluon import Bucket, Closure, Gluon, average, beside, is_number
+from optim.gluon import Bucket, Closure, Gluon, average, beside, gradient_of, is_number
 from optim.sharding import local
 
 
@@ -43,7 +43,7 @@ class GluonMVR1(_MVR):
         average_ = super()._lmo_input(p, group)
         if group["gamma"] == 0 or p.grad is None:
             return average_
-        return torch.lerp(average_, local(p.grad).to(average_.dtype), group["gamma"])
+        return torch.lerp(average_, gradient_of(p, average_), group["gamma"])
 
 
 class _TwoPasses(_MVR):
@@ -157,7 +157,7 @@ class _TwoPasses(_MVR):
     def _sharded_gradients(self) -> list[tuple[Tensor | None, int]]:
         """The gradients of the DTensors, and how often each has been written."""
         sharded = [p.grad for g in self.param_groups for p in g["params"] if isinstance(p, DTensor) and p.requires_grad]
-        return [(gradient, 0 if gradient is None else local(gradient)._version) for gradient in sharded]
+        return [(gradient, 0 if gradient is None else _version(gradient)) for gradient in sharded]
 
 
 class GluonMVR2(_TwoPasses):
@@ -389,7 +389,7 @@ class GluonMVR3(_TwoPasses):
                 state["evaluated"] = p.grad is not None and state["steps"] > 0
                 if state["evaluated"] and self._owns(p):
                     momenta.append(local(state["momentum_buffer"]))
-                    gradients.append(local(p.grad).to(state["momentum_buffer"].dtype))
+                    gradients.append(gradient_of(p, state["momentum_buffer"]))
             if momenta:
                 torch._foreach_add_(momenta, gradients, alpha=-group["gamma"] / group["correction_fraction"])
 
@@ -420,13 +420,13 @@ class _Kept:
     """
 
     def __init__(self, p: Tensor) -> None:
-        self._p, self._gradient, self._version = p, p.grad, local(p.grad)._version
+        self._p, self._gradient, self._version = p, p.grad, _version(p.grad)
         self._reached = self._zeroed = self._was_dropped = False
         self._hook = p.register_hook(self._before_addition)
 
     def _before_addition(self, _: Tensor) -> None:
         if not self._reached and self._p.grad is self._gradient and not _is_part(self._gradient):
-            self._zeroed = local(self._gradient)._version != self._version
+            self._zeroed = _version(self._gradient) != self._version
         self._reached = True
         self._dropped()
 
@@ -445,6 +445,11 @@ class _Kept:
                 f"{'changed' if self._zeroed else 'replaced'} between the two passes, which removes the correction: the "
                 "closure must zero no gradients (model.zero_grad(), p.grad = None)"
             )
+
+
+def _version(gradient: Tensor) -> int:
+    """Grows whenever the gradient is written; a DTensor may be written as such, or its local tensor."""
+    return gradient._version + (local(gradient)._version if isinstance(gradient, DTensor) else 0)
 
 
 def _is_part(gradient: Tensor) -> bool:
