@@ -1,0 +1,154 @@
+"""Tune every method with the same budget: as many trials, as many updates, the same lrs, the same text and seed.
+
+    python scripts/sweep.py                      # resumes; results/sweep/table.md, best.json, sweep.json
+    python scripts/sweep.py --batch 2 --steps 100
+    python scripts/sweep.py --plan               # what it would run
+
+The model is the byte model of configs/quickstart_gluon.py. For each method (Gluon, MVR-1, MVR-2, MVR-3, and the nested
+form of MVR-2) a trial is one run of `--steps` updates at a constant lr on one tuning seed, which no evaluation uses; its
+score is the final validation loss. First stage: three lrs, a factor of two apart, at β = 0.9, γ = 0.1, q = 0.5. Second: a
+Latin hypercube of three draws around the first stage's best lr (within a factor √2) over lr, β and γ or q, the same draws
+for all methods. The best of the six is the method's setting. The budget is equal in updates; the methods with two
+gradients an update spend twice the gradients on it.
+"""
+
+import argparse
+import json
+import math
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from scripts.run_jobs import ROOT, Job, final_loss, run_all
+from scripts.statistics_of_runs import Trial, first_stage, gradient_evaluations, second_stage
+from training.errors import UserError
+
+TITLES = {"gluon": "Gluon", "mvr1": "MVR-1", "mvr2": "MVR-2", "mvr3": "MVR-3", "nested": "nested MVR-2"}
+LRS = (7e-4, 1.4e-3, 2.8e-3)
+DRAWS = 3
+TUNING_SEED = 1000
+CONFIG = "configs/quickstart_gluon.py"
+METHODS_AT = {8: tuple(TITLES), 2: ("gluon", "mvr1")}  # sequences a step: B = 512 and B = 128 of the paper
+
+
+def options_of(method: str) -> dict[str, str]:
+    """What makes a method, as an option of train_gpt.py."""
+    return {"optimizer": "mvr2" if method == "nested" else method}
+
+
+def job_of(folder: Path, method: str, batch: int, trial: Trial, steps: int) -> Job:
+    """A trial's run. Only its start and its end are validated."""
+    options = {
+        **options_of(method), **trial.options(method), "batch_size": batch, "steps": steps, "seed": TUNING_SEED,
+        "val_every": steps, "log_every": 10, "checkpoint_every": 0,
+    }  # fmt: skip
+    return Job(folder / f"b{batch}" / f"{method}_{_name(method, trial)}", CONFIG, options)
+
+
+def _name(method: str, trial: Trial) -> str:
+    return "_".join(f"{name[:5]}{value:g}" for name, value in trial.options(method).items())
+
+
+def trials_of(folder: Path, method: str, batch: int, steps: int) -> list[list[Trial]]:
+    """The stages whose trials are known so far: the second when the first has scores."""
+    stages = [first_stage(LRS)]
+    scores = [final_loss(job_of(folder, method, batch, trial, steps)) for trial in stages[0]]
+    if not any(map(math.isnan, scores)):
+        if min(scores) == math.inf:
+            raise UserError(f"every lr of the first stage diverged for {method}; lower LRS in scripts/sweep.py")
+        stages.append(second_stage(stages[0][scores.index(min(scores))].lr, TUNING_SEED, DRAWS))
+    return stages
+
+
+def report(folder: Path, batches: dict[int, int]) -> None:
+    """Write sweep.json (every trial), best.json (every method's best) and table.md from what is done."""
+    rows, best = [], {}
+    for batch, steps in batches.items():
+        for method in METHODS_AT[batch]:
+            scored = []
+            for stage, trials in enumerate(trials_of(folder, method, batch, steps), start=1):
+                for trial in trials:
+                    job = job_of(folder, method, batch, trial, steps)
+                    if not math.isnan(loss := final_loss(job)):
+                        scored.append((loss, stage, trial))
+            if not scored:
+                continue
+            low = min(scored, key=lambda row: row[0])
+            complete = len(scored) == len(LRS) + DRAWS
+            best.setdefault(f"b{batch}", {})[method] = {
+                **low[2].options(method), "val_loss": low[0], "trials": len(scored), "complete": complete, "updates": steps,
+            }  # fmt: skip
+            rows += [
+                {"batch": batch, "method": method, "stage": stage, **asdict(trial), "updates": steps,
+                 "val_loss": loss if math.isfinite(loss) else None, "best": trial == low[2]}
+                for loss, stage, trial in scored
+            ]  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "sweep.json").write_text(json.dumps(rows, indent=1) + "\n")
+    (folder / "best.json").write_text(json.dumps(best, indent=1) + "\n")
+    (folder / "table.md").write_text(table(rows))
+
+
+def table(rows: list[dict]) -> str:
+    """Every trial, one line each; the best of a method in bold."""
+    lines = [
+        "# The sweep",
+        "",
+        "`python scripts/sweep.py` made it; its rules are in the script's first lines. Score: final validation loss,",
+        f"tuning seed {TUNING_SEED}. The same number of trials and of updates for every method.",
+        "",
+        "| sequences a step | method | stage | updates | gradients | lr | β | γ or q | validation loss |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        method = row["method"]
+        scale = "" if method == "gluon" else f"q {row['q']:g}" if method == "nested" else f"γ {row['gamma']:g}"
+        loss = "diverged" if row["val_loss"] is None else f"{row['val_loss']:.4f}"
+        gradients = round(gradient_evaluations(method, row["updates"]))
+        loss = f"**{loss}**" if row["best"] else loss
+        lines.append(
+            f"| {row['batch']} | {TITLES[method]} | {row['stage']} | {row['updates']} | {gradients} | {row['lr']:g} | "
+            f"{row['momentum']:g} | {scale} | {loss} |"
+        )
+    diverged = sum(row["val_loss"] is None for row in rows)
+    spent = sum(gradient_evaluations(row["method"], row["updates"]) for row in rows)
+    updates = sum(row["updates"] for row in rows)
+    lines += ["", f"{len(rows)} trials, {updates:,} updates, {spent:,.0f} gradient evaluations; {diverged} diverged."]
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: list[str]) -> None:
+    """Run what is missing, then write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("--batch", type=int, choices=tuple(METHODS_AT), help="sequences a step (default: both)")
+    parser.add_argument("--methods", nargs="+", choices=tuple(TITLES), help="default: all")
+    parser.add_argument("--steps", type=int, default=50, help="updates of a trial at 8 sequences, twice at 2 [50]")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once, one thread each [1]")
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / "sweep")
+    parser.add_argument("--plan", action="store_true", help="print the runs and end")
+    arguments = parser.parse_args(argv)
+    updates = {8: arguments.steps, 2: 2 * arguments.steps}
+    batches = [arguments.batch] if arguments.batch else list(METHODS_AT)
+    wanted = [(b, m) for b in batches for m in METHODS_AT[b] if not arguments.methods or m in arguments.methods]
+    try:
+        for stage in range(2):
+            jobs = []
+            for batch, method in wanted:
+                stages = trials_of(arguments.out, method, batch, updates[batch])
+                jobs += [job_of(arguments.out, method, batch, t, updates[batch]) for s in stages[stage : stage + 1] for t in s]
+            if arguments.plan and jobs:
+                print("\n".join(f"{job.state():8} {' '.join(job.command[1:])}" for job in jobs))
+            elif not arguments.plan:
+                run_all(jobs, arguments.jobs)
+    finally:
+        if not arguments.plan:
+            report(arguments.out, updates)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        print(f"sweep.py: {error}", file=sys.stderr)
+        sys.exit(2)
