@@ -100,7 +100,8 @@ def run(config: Config, ranks: Ranks) -> None:
     device = ranks.device
     on_cuda = device.type == "cuda"
     torch.manual_seed(config.seed)
-    torch.use_deterministic_algorithms(config.deterministic)
+    if config.deterministic:
+        torch.use_deterministic_algorithms(True)
 
     # Data: the same global stream of batches for every world size.
     loader, val_stream = ranks.together(lambda: open_data(config, ranks))

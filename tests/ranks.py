@@ -14,6 +14,10 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 
+# What the server that forks the processes of all tests has imported.
+PRELOAD = ["torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "torch._inductor", "train_gpt"]
+
+
 class Ranks:
     """`world` processes of one process group; `run` calls a function in each of them.
 
@@ -58,7 +62,7 @@ class Ranks:
         method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
         context = multiprocessing.get_context(method)
         if method == "forkserver":
-            context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "torch.distributed.checkpoint"])
+            context.set_forkserver_preload(PRELOAD)
         handle, meeting = tempfile.mkstemp()
         os.close(handle)
         os.unlink(meeting)

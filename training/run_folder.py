@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +146,7 @@ def _describe(run_dir: Path, config: Config, step: int) -> None:
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
         "nccl": ".".join(map(str, torch.cuda.nccl.version())) if torch.cuda.is_available() else None,
-        "packages": {dist.metadata["Name"]: dist.version for dist in metadata.distributions()},
+        "packages": sorted({found.stem for entry in sys.path for found in Path(entry).glob("*.dist-info")}),
         "variables": {key: value for key, value in sorted(os.environ.items()) if key.startswith(_VARIABLES)},
         "revision": _git(root, "rev-parse", "HEAD").strip(),
     }

@@ -1,0 +1,227 @@
+"""Runs of the trainer in real processes, forked from one that has imported torch: a run costs a second and not ten."""
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from ranks import PRELOAD
+from safetensors.numpy import load_file
+
+from data.shards import write_shard
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = [
+    *(
+        [
+            "--device",
+            "cpu",
+            "--dtype",
+            "float64",
+            "--vocab-size",
+            "61",
+            "--n-layer",
+            "2",
+            "--n-head",
+            "2",
+            "--d-model",
+            "16",
+            "--seq-len",
+            "16",
+        ]
+    ),
+    *(
+        [
+            "--batch-size",
+            "8",
+            "--micro-batch-size",
+            "2",
+            "--shuffle",
+            "--optimizer",
+            "gluon",
+            "--lr",
+            "1e-3",
+            "--block-radius",
+            "20",
+        ]
+    ),
+    *(
+        [
+            "--embed-radius",
+            "100",
+            "--steps",
+            "7",
+            "--val-every",
+            "3",
+            "--val-tokens",
+            "512",
+            "--log-every",
+            "1",
+            "--checkpoint-every",
+            "0",
+        ]
+    ),
+]
+
+
+@dataclass
+class Done:
+    """A run that has ended."""
+
+    codes: list[int]
+    out: str
+    err: str
+    folder: Path
+
+    def ok(self) -> "Done":
+        assert set(self.codes) == {0}, f"exit codes {self.codes}\n{self.out[-2000:]}\n{self.err[-3000:]}"
+        return self
+
+    def refusal(self) -> str:
+        """The one line of stderr of a run that was refused."""
+        assert set(self.codes) == {2}, f"exit codes {self.codes}\n{self.out[-2000:]}\n{self.err[-3000:]}"
+        assert self.err.count("\n") == 1 and self.err.startswith("train_gpt: "), self.err
+        return self.err.strip()
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl without their seconds."""
+        lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+    @property
+    def weights(self) -> dict[str, np.ndarray]:
+        return load_file(self.folder / "model.safetensors")
+
+    def same_as(self, other: "Done") -> None:
+        """Assert the same metrics, and weights bit for bit."""
+        assert self.metrics == other.metrics
+        mine, theirs = self.weights, other.weights
+        assert mine.keys() == theirs.keys()
+        assert all(mine[name].tobytes() == theirs[name].tobytes() for name in mine)
+
+
+class Running:
+    """A run under way: one process per rank."""
+
+    def __init__(self, folder: Path, words: list[str], ranks: int, patch: Callable[[], None] | None, env: dict) -> None:
+        method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+        context = multiprocessing.get_context(method)
+        if method == "forkserver":
+            context.set_forkserver_preload(PRELOAD)
+        self.folder = folder
+        self._logs = folder.parent / f"{folder.name}.log-{time.monotonic_ns()}"
+        self._logs.mkdir(parents=True)
+        places: list[dict] = [{}]
+        if ranks > 1:
+            common = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+            places = [{"RANK": str(r), "LOCAL_RANK": str(r), "LOCAL_WORLD_SIZE": str(ranks), **common} for r in range(ranks)]
+        self.processes = [
+            context.Process(target=_train, args=(words, place | env, self._logs / str(i), patch))
+            for i, place in enumerate(places)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def text(self, name: str = "out") -> str:
+        return "".join(path.read_text() for path in sorted(self._logs.glob(f"*.{name}")))
+
+    def wait_for(self, ready: Callable[[], bool], timeout: float = 60) -> None:
+        deadline = time.monotonic() + timeout
+        while not ready():
+            alive = any(process.is_alive() for process in self.processes)
+            assert alive and time.monotonic() < deadline, self.text() + self.text("err")
+            time.sleep(0.01)
+
+    def signal(self, number: signal.Signals, rank: int = 0) -> None:
+        os.kill(self.processes[rank].pid, number)
+
+    def done(self, timeout: float = 60) -> Done:
+        deadline = time.monotonic() + timeout
+        for process in self.processes:
+            process.join(max(0, deadline - time.monotonic()))
+        late = [process for process in self.processes if process.is_alive()]
+        for process in late:
+            process.kill()
+            process.join()
+        assert not late, "still running:\n" + self.text() + self.text("err")
+        return Done([process.exitcode for process in self.processes], self.text(), self.text("err"), self.folder)
+
+
+class Trainer:
+    """Starts runs with the tiny options, whatever is given coming last."""
+
+    def __init__(self, results: Path, data: Path) -> None:
+        self.results, self.data = results, data
+
+    def start(
+        self, name: str, *options: object, ranks: int = 1, patch: Callable[[], None] | None = None, **env: str
+    ) -> Running:
+        given = [str(word) for option in options for word in str(option).split()]
+        words = ["--run-name", name, "--results-dir", str(self.results), "--data-dir", str(self.data), *TINY]
+        for flag in [word for word in given if word.startswith("--") and word in words]:  # an option may be given once
+            at = words.index(flag)
+            del words[at : at + (1 if flag == "--shuffle" else 2)]
+        return Running(self.results / name, words + given, ranks, patch, env)
+
+    def run(self, name: str, options: str = "", **rest: Any) -> Done:
+        return self.start(name, options, **rest).done()
+
+
+def _train(words: list[str], environment: dict[str, str], log: Path, patch: Callable[[], None] | None) -> None:
+    import torch
+
+    for number, name in ((1, "out"), (2, "err")):
+        descriptor = os.open(f"{log}.{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(descriptor, number)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+    os.environ.update(environment, OMP_NUM_THREADS="1")
+    torch.set_num_threads(1)
+
+    import train_gpt
+    from training.config import load_config
+    from training.errors import one_line_errors
+
+    if patch is not None:
+        patch()
+    with one_line_errors("train_gpt"):
+        train_gpt.train(load_config(words))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def write_data(folder: Path, vocab: int = 61, tokens: int = 20_000) -> Path:
+    """A seeded text in which each token depends on the one before, as two train shards and a val shard."""
+    generator = np.random.default_rng(7)
+    noise = generator.integers(0, 5, tokens)
+    stream = np.cumsum(noise) % vocab
+    folder.mkdir(parents=True, exist_ok=True)
+    half = tokens // 2 + 13
+    write_shard(folder / "tiny_train_000001.bin", stream[:half])
+    write_shard(folder / "tiny_train_000002.bin", stream[half:])
+    write_shard(folder / "tiny_val_000000.bin", np.cumsum(noise[:3000][::-1]) % vocab)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def trainer(tmp_path_factory, data) -> Trainer:
+    """One for a whole file, so that tests can share runs."""
+    return Trainer(tmp_path_factory.mktemp("results"), data)
