@@ -98,7 +98,7 @@ def run_all(jobs: list[Job], at_once: int) -> None:
         lines = errors.strip().splitlines()
         last = lines[-1] if lines else "no message"
         if process.returncode and _diverged(last):
-            (job.folder / "diverged.txt").write_text(last.partition(": ")[2].partition(":")[0] + "\n")
+            (job.folder / "diverged.txt").write_text(last.removeprefix("train_gpt: ") + "\n")
         elif process.returncode:
             failed.set()
             raise UserError(f"{_relative(job.folder)} failed: {last}")

@@ -148,7 +148,8 @@ def test_sections_of_a_page_are_replaced():
 
 
 def test_a_run_that_diverged_is_told_from_one_that_failed():
-    assert _diverged("train_gpt: train_loss is nan at update 3: lower --lr, or go on from a checkpoint with --resume")
+    assert _diverged("train_gpt: step 3: the train_loss of the weights that it left is nan; go on from the last checkpoint")
+    assert _diverged("train_gpt: step 3: the loss is not finite, from blocks.0.mlp on (batch 3: sequences 24 to 31)")
     assert not _diverged("train_gpt: results/x can't be written (No space left on device)")
     assert not _diverged("RuntimeError: nan is inf")
 
