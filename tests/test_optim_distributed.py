@@ -30,7 +30,7 @@ VARIANTS = {
     "nested": (GluonMVR2, {"inner": 0.4}),
     "mvr3": (GluonMVR3, {"gamma": 0.3}),
 }
-STEPS = 5
+STEPS = 4
 
 
 @pytest.fixture(scope="module", params=[2, 4])
@@ -425,8 +425,8 @@ def load(kind: str, variant, steps: int, folder: str) -> dict:
 @pytest.mark.parametrize("steps, saver, loaders", [(0, 2, (4,)), (1, 4, (1, 2)), (3, 2, (1, 2, 4)), (3, 1, (2,))])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_distributed_checkpoint_goes_anywhere(variant, steps, saver, loaders, tmp_path):
-    # FSDP2's checkpoints cost a second each: two cases of them
-    for kind in ("ddp", "fsdp") if (steps, saver) in ((0, 2), (1, 4)) else ("ddp",):
+    # Those of FSDP2 cost a second each.
+    for kind in ("ddp", "fsdp") if saver == 4 or (steps, variant) == (0, "mvr2") else ("ddp",):
         folder = str(tmp_path / kind)
         started(saver).run(save, kind, variant, steps, folder)
         for loader in loaders:
@@ -453,7 +453,7 @@ def sharded_net(mesh_shape: tuple[int, ...] | None = None) -> Net:
         return net
     mesh_shape = mesh_shape or (dist.get_world_size(),)
     mesh = init_device_mesh("cpu", mesh_shape, mesh_dim_names=("replicate", "shard")[-len(mesh_shape) :])
-    for block in net.blocks[:3]:
+    for block in net.blocks[:1]:
         fully_shard(block, mesh=mesh)
     return fully_shard(net, mesh=mesh)
 
@@ -521,8 +521,7 @@ def by_hand(variant, norm: str, dim: int) -> dict:
     return {"path": [*path, weights(nn.ParameterList(params))]}
 
 
-@pytest.mark.parametrize("dim", [0, 1])
-@pytest.mark.parametrize("norm", ["auto", "frobenius", "sign"])
+@pytest.mark.parametrize("norm, dim", [("auto", 0), ("auto", 1), ("frobenius", 1), ("sign", 1)])
 def test_dtensors_split_along_any_dimension(ranks, norm, dim):
     for variant in VARIANTS:
         assert_same(ranks.run(by_hand, variant, norm, dim), by_hand(variant, norm, dim))
@@ -631,7 +630,7 @@ def test_no_rank_ever_holds_the_whole_momentum(variant):
 
 @pytest.mark.parametrize("variant", ["mvr2", "nested"])
 def test_overlap_changes_no_bit(ranks, variant):
-    for run in (run_ddp, run_fsdp):
+    for run in (run_ddp, run_fsdp) if variant == "mvr2" else (run_ddp,):
         plain = ranks.run(run, variant)
         for a, b in zip(plain, ranks.run(functools.partial(run, variant, options={"overlap": True})), strict=True):
             for before, after in zip(a["path"], b["path"], strict=True):
@@ -719,7 +718,7 @@ def run_interrupted(variant, overlap: bool, where: str, load: bool = False) -> d
 
 @pytest.mark.parametrize("variant", ["mvr2", "nested"])
 def test_a_pass_may_fail(ranks, variant):
-    for runner in (ranks, OneProcess()):
+    for runner in (ranks, OneProcess()) if variant == "mvr2" else (OneProcess(),):
         for overlap in (False, True):
             assert_same(runner.run(run_interrupted, variant, overlap, "previous"), alone(variant))
             for where in ("previous", "closure"):
