@@ -20,57 +20,12 @@ from safetensors.numpy import load_file
 from data.shards import write_shard
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = [
-    *(
-        [
-            "--device",
-            "cpu",
-            "--dtype",
-            "float64",
-            "--vocab-size",
-            "61",
-            "--n-layer",
-            "2",
-            "--n-head",
-            "2",
-            "--d-model",
-            "16",
-            "--seq-len",
-            "16",
-        ]
-    ),
-    *(
-        [
-            "--batch-size",
-            "8",
-            "--micro-batch-size",
-            "2",
-            "--shuffle",
-            "--optimizer",
-            "gluon",
-            "--lr",
-            "1e-3",
-            "--block-radius",
-            "20",
-        ]
-    ),
-    *(
-        [
-            "--embed-radius",
-            "100",
-            "--steps",
-            "7",
-            "--val-every",
-            "3",
-            "--val-tokens",
-            "512",
-            "--log-every",
-            "1",
-            "--checkpoint-every",
-            "0",
-        ]
-    ),
-]
+TINY = {
+    "--device": "cpu", "--dtype": "float64", "--vocab-size": "61", "--n-layer": "2", "--n-head": "2", "--d-model": "16",
+    "--seq-len": "16", "--batch-size": "8", "--micro-batch-size": "2", "--shuffle": "true", "--optimizer": "gluon",
+    "--lr": "1e-3", "--block-radius": "20", "--embed-radius": "100", "--steps": "7", "--val-every": "3",
+    "--val-tokens": "512", "--log-every": "1", "--checkpoint-every": "0",
+}  # fmt: skip
 
 
 @dataclass
@@ -138,12 +93,28 @@ class Running:
     def wait_for(self, ready: Callable[[], bool], timeout: float = 60) -> None:
         deadline = time.monotonic() + timeout
         while not ready():
-            alive = any(process.is_alive() for process in self.processes)
-            assert alive and time.monotonic() < deadline, self.text() + self.text("err")
+            assert self.alive() and time.monotonic() < deadline, self.text() + self.text("err")
             time.sleep(0.01)
 
     def signal(self, number: signal.Signals, rank: int = 0) -> None:
         os.kill(self.processes[rank].pid, number)
+
+    def alive(self) -> bool:
+        return any(process.is_alive() for process in self.processes)
+
+    def wait_for_death(self, timeout: float) -> None:
+        """Wait until a process has ended, at most so many seconds."""
+        deadline = time.monotonic() + timeout
+        while all(process.is_alive() for process in self.processes) and time.monotonic() < deadline:
+            time.sleep(0.002)
+
+    def kill(self) -> bool:
+        """Kill all ranks; whether any of them was still running, or had been killed."""
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.join()
+        return any(process.exitcode == -signal.SIGKILL for process in self.processes)
 
     def done(self, timeout: float = 60) -> Done:
         deadline = time.monotonic() + timeout
@@ -164,14 +135,14 @@ class Trainer:
         self.results, self.data = results, data
 
     def start(
-        self, name: str, *options: object, ranks: int = 1, patch: Callable[[], None] | None = None, **env: str
+        self, name: str, options: str = "", ranks: int = 1, patch: Callable[[], None] | None = None, **environment: str
     ) -> Running:
-        given = [str(word) for option in options for word in str(option).split()]
-        words = ["--run-name", name, "--results-dir", str(self.results), "--data-dir", str(self.data), *TINY]
-        for flag in [word for word in given if word.startswith("--") and word in words]:  # an option may be given once
-            at = words.index(flag)
-            del words[at : at + (1 if flag == "--shuffle" else 2)]
-        return Running(self.results / name, words + given, ranks, patch, env)
+        """Start the tiny run with these options instead of its own, in ranks that call `patch` first."""
+        given = options.split()
+        places = {"--run-name": name, "--results-dir": str(self.results), "--data-dir": str(self.data)}
+        defaults = {flag: value for flag, value in (places | TINY).items() if flag not in given}
+        words = [word for pair in defaults.items() for word in pair] + given
+        return Running(self.results / name, words, ranks, patch, environment)
 
     def run(self, name: str, options: str = "", **rest: Any) -> Done:
         return self.start(name, options, **rest).done()
