@@ -46,6 +46,7 @@ from scripts.statistics_of_runs import (
     interval,
     largest_rise,
     paired,
+    replace_section,
 )
 from scripts.sweep import CONFIG, options_of
 from training.config import Config, load_config
@@ -446,15 +447,6 @@ def draw(plan: Plan, speed: Speed | None, out: Path) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         page.savefig(out, dpi=140)
         plt.close(page)
-
-
-def replace_section(text: str, name: str, body: str) -> str:
-    """The text with what stands between `<!-- name -->` and `<!-- end of name -->` replaced; unchanged where they are not."""
-    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
-    if begin not in text or end not in text:
-        return text
-    head, _, rest = text.partition(begin)
-    return f"{head}{begin}\n{body.strip()}\n{end}{rest.partition(end)[2]}"
 
 
 def write(number: int, plan: Plan, results: Path, speed: Speed | None) -> str:

@@ -6,7 +6,7 @@ Pure functions of numbers, without torch; `tests/test_evidence.py` holds them to
 import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 # One and two gradients an update; `nested` is MVR-2 with `inner`.
 TWO_GRADIENTS = ("mvr2", "mvr3", "nested")
@@ -187,6 +187,18 @@ def largest_rise(losses: Sequence[float]) -> float:
     return rise
 
 
+# A page ---------------------------------------------------------------------------------------------------------------
+
+
+def replace_section(text: str, name: str, body: str) -> str:
+    """The text with what stands between `<!-- name -->` and `<!-- end of name -->` replaced; unchanged where they are not."""
+    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    if begin not in text or end not in text:
+        return text
+    head, _, rest = text.partition(begin)
+    return f"{head}{begin}\n{body.strip()}\n{end}{rest.partition(end)[2]}"
+
+
 # What a run costs -----------------------------------------------------------------------------------------------------
 
 
@@ -268,3 +280,8 @@ def second_stage(best: float, seed: int, count: int) -> list[Trial]:
         )
         for u, beta, v, w in zip(strata(), betas, strata(), strata(), strict=True)
     ]
+
+
+def third_stage(best: Trial) -> list[Trial]:
+    """The best so far with less momentum: 1 - β doubled."""
+    return [replace(best, momentum=round(1 - 2 * (1 - best.momentum), 6))]

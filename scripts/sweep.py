@@ -8,7 +8,8 @@ The model is the byte model of configs/quickstart_gluon.py. For each method (Glu
 form of MVR-2) a trial is one run of `--steps` updates at a constant lr on one tuning seed, which no evaluation uses; its
 score is the final validation loss. First stage: three lrs, a factor of two apart, at β = 0.9, γ = 0.1, q = 0.5. Second: a
 Latin hypercube of three draws around the first stage's best lr (within a factor √2) over lr, β and γ or q, the same draws
-for all methods. The best of the six is the method's setting. The budget is equal in updates; the methods with two
+for all methods. Third: the best so far with 1 - β doubled, because β turned out to matter most and the best was often the
+least. The best of the seven is the method's setting. The budget is equal in updates; the methods with two
 gradients an update spend twice the gradients on it.
 """
 
@@ -21,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from scripts.run_jobs import ROOT, Job, final_loss, run_all
-from scripts.statistics_of_runs import Trial, first_stage, gradient_evaluations, second_stage
+from scripts.statistics_of_runs import Trial, first_stage, gradient_evaluations, replace_section, second_stage, third_stage
 from training.errors import UserError
 
 TITLES = {"gluon": "Gluon", "mvr1": "MVR-1", "mvr2": "MVR-2", "mvr3": "MVR-3", "nested": "nested MVR-2"}
@@ -51,13 +52,21 @@ def _name(method: str, trial: Trial) -> str:
 
 
 def trials_of(folder: Path, method: str, batch: int, steps: int) -> list[list[Trial]]:
-    """The stages whose trials are known so far: the second when the first has scores."""
-    stages = [first_stage(LRS)]
-    scores = [final_loss(job_of(folder, method, batch, trial, steps)) for trial in stages[0]]
-    if not any(map(math.isnan, scores)):
+    """The stages whose trials are known so far: a stage needs the scores of those before it."""
+
+    def best(trials: list[Trial]) -> Trial | None:
+        scores = [final_loss(job_of(folder, method, batch, trial, steps)) for trial in trials]
+        if any(map(math.isnan, scores)):
+            return None
         if min(scores) == math.inf:
             raise UserError(f"every lr of the first stage diverged for {method}; lower LRS in scripts/sweep.py")
-        stages.append(second_stage(stages[0][scores.index(min(scores))].lr, TUNING_SEED, DRAWS))
+        return trials[scores.index(min(scores))]
+
+    stages = [first_stage(LRS)]
+    if first := best(stages[0]):
+        stages.append(second_stage(first.lr, TUNING_SEED, DRAWS))
+        if second := best([*stages[0], *stages[1]]):
+            stages.append(third_stage(second))
     return stages
 
 
@@ -75,7 +84,7 @@ def report(folder: Path, batches: dict[int, int]) -> None:
             if not scored:
                 continue
             low = min(scored, key=lambda row: row[0])
-            complete = len(scored) == len(LRS) + DRAWS
+            complete = len(scored) == len(LRS) + DRAWS + 1
             best.setdefault(f"b{batch}", {})[method] = {
                 **low[2].options(method), "val_loss": low[0], "trials": len(scored), "complete": complete, "updates": steps,
             }  # fmt: skip
@@ -88,6 +97,22 @@ def report(folder: Path, batches: dict[int, int]) -> None:
     (folder / "sweep.json").write_text(json.dumps(rows, indent=1) + "\n")
     (folder / "best.json").write_text(json.dumps(best, indent=1) + "\n")
     (folder / "table.md").write_text(table(rows))
+    readme = folder.parent / "README.md"
+    if readme.exists():
+        readme.write_text(replace_section(readme.read_text(), "sweep", best_table(best)))
+
+
+def best_table(best: dict[str, dict[str, dict]]) -> str:
+    """The setting of every method, as Markdown."""
+    lines = ["| sequences a step | method | lr | β | γ or q | validation loss | trials | updates a trial |", "|" + "---|" * 8]
+    for batch, methods in best.items():
+        for method, found in methods.items():
+            scale = f"γ {found['gamma']:g}" if "gamma" in found else f"q {found['inner']:g}" if "inner" in found else ""
+            lines.append(
+                f"| {batch[1:]} | {TITLES[method]} | {found['lr']:g} | {found['momentum']:g} | {scale} | "
+                f"{found['val_loss']:.4f} | {found['trials']} | {found['updates']} |"
+            )
+    return "\n".join(lines) + "\n"
 
 
 def table(rows: list[dict]) -> str:
@@ -132,7 +157,7 @@ def main(argv: list[str]) -> None:
     batches = [arguments.batch] if arguments.batch else list(METHODS_AT)
     wanted = [(b, m) for b in batches for m in METHODS_AT[b] if not arguments.methods or m in arguments.methods]
     try:
-        for stage in range(2):
+        for stage in range(3):
             jobs = []
             for batch, method in wanted:
                 stages = trials_of(arguments.out, method, batch, updates[batch])

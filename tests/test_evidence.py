@@ -26,6 +26,7 @@ from scripts.statistics_of_runs import (
     second_stage,
     student_cdf,
     student_quantile,
+    third_stage,
     updates_for,
 )
 from training.errors import UserError
@@ -132,6 +133,10 @@ def test_trials_are_few_seeded_and_stratified():
         strata = sorted(int(3 * (value - low) / (high - low)) for value in values)
         assert strata == [0, 1, 2]
     assert [trial.lr for trial in first_stage((1.0, 2.0))] == [1.0, 2.0]
+    least = second_stage(1e-3, seed=5, count=3)[0]
+    assert [(t.lr, t.gamma, t.momentum) for t in third_stage(least)] == [
+        (least.lr, least.gamma, pytest.approx(2 * least.momentum - 1))
+    ]
     assert trials[0].options("gluon").keys() == {"lr", "momentum"}
     assert trials[0].options("mvr3").keys() == {"lr", "momentum", "gamma"}
     assert trials[0].options("nested").keys() == {"lr", "momentum", "inner"}
