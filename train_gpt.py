@@ -33,7 +33,7 @@ from training.checkpoint import Checkpointer
 from training.finite import FiniteGuard
 from training.metrics import Clock, Metrics, Progress
 from training.ranks import Ranks, StopSignal
-from training.run_folder import ask_for_requeue, forget_requeue, prepare_run
+from training.run_folder import ask_for_requeue, find_start, forget_requeue, prepare_run
 
 OPTIMIZERS = {"gluon": Gluon, "mvr1": GluonMVR1, "mvr2": GluonMVR2, "mvr3": GluonMVR3, "adamw": Gluon}
 
@@ -120,13 +120,14 @@ def run(config: Config, ranks: Ranks) -> None:
 
     # Where to start, and where to write.
     run_dir = Path(config.results_dir) / config.run_name
-    source, state = ranks.agree(lambda: prepare_run(run_dir, config))
-    start, passes, skipped, seconds, metrics_bytes = 0, 0, 0, 0.0, 0
+    source, state = ranks.agree(lambda: find_start(run_dir, config))
+    start, passes, skipped, validated, seconds, metrics_bytes = 0, 0, 0, None, 0.0, 0
     if source is not None:
         ranks.together(lambda: checkpoint.load(source, state, model, optimizer))
-        start, passes, skipped, seconds, metrics_bytes = (
-            state[key] for key in ("step", "passes", "skipped", "seconds", "metrics_bytes")
+        start, passes, skipped, validated, seconds, metrics_bytes = (
+            state[key] for key in ("step", "passes", "skipped", "validated", "seconds", "metrics_bytes")
         )
+    ranks.agree(lambda: prepare_run(run_dir, config, source, state))
     checkpoints = Checkpointer(run_dir, ranks, config.keep_checkpoints, config.keep_every)
     metrics = Metrics(run_dir, config, ranks, metrics_bytes)
     finite = FiniteGuard(model, optimizer, loader, ranks, config.on_nan, skipped)
@@ -155,6 +156,8 @@ def run(config: Config, ranks: Ranks) -> None:
         progress.show(update, passes - first_pass, clock.seconds - first_second, **losses)
 
     def evaluate() -> None:
+        nonlocal validated
+        validated = optimizer.updates
         clock.stop()
         ranks.check_identical(model)
         record(optimizer.updates, val_loss=validate(compiled, val_stream, config, ranks, autocast))
@@ -162,9 +165,11 @@ def run(config: Config, ranks: Ranks) -> None:
 
     def save(step: int) -> None:
         finite.check_state()
-        position = {"passes": passes, "skipped": finite.skipped, "seconds": clock.seconds}
-        position["metrics_bytes"] = metrics.durable_bytes()
-        checkpoints.save(step, model, optimizer, {**position, "config": config.to_dict()})
+        position = {
+            "passes": passes, "skipped": finite.skipped, "validated": validated, "seconds": clock.seconds,
+            "metrics_bytes": metrics.durable_bytes(), "config": config.to_dict(),
+        }  # fmt: skip
+        checkpoints.save(step, model, optimizer, position)
 
     clock.start()
     if start == 0:
@@ -199,7 +204,7 @@ def run(config: Config, ranks: Ranks) -> None:
 
         if loss is not None and at % config.log_every == 0:
             record(at, train_loss=ranks.mean(loss).item())
-        if optimizer.updates != before and optimizer.updates % config.val_every == 0 and optimizer.updates < config.steps:
+        if optimizer.updates % config.val_every == 0 and validated != optimizer.updates < config.steps:
             evaluate()
         progress.step()
         stopped = stop.agreed()
@@ -217,7 +222,8 @@ def run(config: Config, ranks: Ranks) -> None:
         progress.say(f"stopped after step {step + 1} of {config.steps}; --resume auto goes on from there")
     else:
         optimizer.flush()
-        evaluate()
+        if validated != optimizer.updates:
+            evaluate()
         finite.check_state()
         ranks.agree(lambda: checkpoint.save_weights(run_dir / "model.safetensors", model))
         progress.say(f"{config.run_name}: {optimizer.updates} updates, {passes} gradient evaluations, {clock.seconds:.1f} s")
@@ -241,7 +247,7 @@ def open_data(config: Config, ranks: Ranks) -> tuple[BatchLoader, TokenStream]:
 
 
 def check_tokens(config: Config, loader: BatchLoader, val_stream: TokenStream) -> None:
-    """Raise UserError where the data would wrap around, or is less than a validation asks for."""
+    """Raise UserError where the data would wrap around, or can't be what a validation asks for."""
     if config.steps > loader.steps:
         need = config.steps * config.batch_size * config.seq_len + 1
         raise UserError(
@@ -252,6 +258,13 @@ def check_tokens(config: Config, loader: BatchLoader, val_stream: TokenStream) -
         raise UserError(
             f"val_tokens = {config.val_tokens:,} must be from one sequence ({config.seq_len}) to the {val_stream.tokens - 1:,} "
             f"tokens of {config.data_dir}'s validation shards; set --val-tokens"
+        )
+    tokens = val_stream.read(0, config.val_tokens + 1)
+    if tokens.max() >= config.vocab_size:
+        path, index = val_stream.locate(int(tokens.argmax()))
+        raise UserError(
+            f"{path}: token {tokens.max()} (number {index} of the shard) is outside the model's vocabulary "
+            f"of {config.vocab_size}"
         )
 
 

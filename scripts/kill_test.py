@@ -96,7 +96,7 @@ def kill_runs(
                     after = random_.uniform(0.02, 0.9) * duration
                 else:
                     place = random_.choice(places)
-                    patch = functools.partial(die_in, place, int(random_.triangular(1, 12, 3)))
+                    patch = functools.partial(die_in, place, int(random_.triangular(1, 7, 1)))
             running = trainer.start(name, f"{options} --resume auto", ranks=ranks, patch=patch)
             if after or patch:
                 running.wait_for_death(after or 60)

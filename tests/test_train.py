@@ -99,7 +99,7 @@ def test_files(uninterrupted):
 
 def test_the_revision_and_the_changes_are_recorded(tmp_path, monkeypatch):
     monkeypatch.setattr(training.run_folder, "_git", lambda root, *words: " ".join(words) + "\n")
-    training.run_folder.prepare_run(tmp_path / "run", training.run_folder.Config())
+    training.run_folder.prepare_run(tmp_path / "run", training.run_folder.Config(), None, None)
     (launch,) = json.loads((tmp_path / "run" / "environment.json").read_text())
     assert launch["revision"] == "rev-parse HEAD"
     assert (tmp_path / "run" / "code.diff").read_text() == "diff HEAD\n"

@@ -138,11 +138,14 @@ class Trainer:
         self, name: str, options: str = "", ranks: int = 1, patch: Callable[[], None] | None = None, **environment: str
     ) -> Running:
         """Start the tiny run with these options instead of its own, in ranks that call `patch` first."""
+        return Running(self.results / name, self.words(name, options), ranks, patch, environment)
+
+    def words(self, name: str, options: str) -> list[str]:
+        """The command line: the tiny options, but for those that are given."""
         given = options.split()
         places = {"--run-name": name, "--results-dir": str(self.results), "--data-dir": str(self.data)}
         defaults = {flag: value for flag, value in (places | TINY).items() if flag not in given}
-        words = [word for pair in defaults.items() for word in pair] + given
-        return Running(self.results / name, words, ranks, patch, environment)
+        return [word for pair in defaults.items() for word in pair] + given
 
     def run(self, name: str, options: str = "", **rest: Any) -> Done:
         return self.start(name, options, **rest).done()

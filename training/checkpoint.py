@@ -27,12 +27,12 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from training.errors import UserError
+from training.errors import UserError, say
 from training.files import atomic_file, sync_directory
 from training.ranks import Ranks
 
 _WAIT_SECONDS = 600.0
-_POSITION = ("step", "passes", "skipped", "metrics_bytes")
+_POSITION = ("step", "passes", "skipped", "validated", "metrics_bytes")
 _NAME = re.compile(r"step_(\d{7,})")
 
 
@@ -79,7 +79,7 @@ class Checkpointer:
             self._thread = None
         error, self._error = self._error, None
         if error is not None and self._ranks.first:
-            print(f"checkpoint not written: {error}; the older ones are whole", flush=True)
+            say(f"checkpoint not written: {error}; the older ones are whole")
         return error
 
     def finish(self) -> None:
@@ -185,7 +185,7 @@ def newest_state(folder: Path) -> tuple[Path, dict[str, Any]] | None:
         try:
             return checkpoint, read_state(checkpoint)
         except UserError as error:
-            print(f"{error}; trying the checkpoint before it", flush=True)
+            say(f"{error}; trying the checkpoint before it")
     return None
 
 
@@ -201,7 +201,7 @@ def load(checkpoint: Path, state: dict[str, Any], model: nn.Module, optimizer: O
     """
     try:
         model.load_state_dict(load_file(checkpoint / "model.safetensors"))
-    except RuntimeError as error:
+    except (RuntimeError, SafetensorError) as error:
         raise UserError(f"{checkpoint} is of another model: {str(error).splitlines()[-1].strip()}") from None
     names = {p: name for name, p in model.named_parameters()}
     order = [names[p] for group in optimizer.param_groups for p in group["params"]]

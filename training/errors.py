@@ -7,7 +7,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 
 class UserError(Exception):
@@ -26,6 +26,12 @@ class UserError(Exception):
 # Of several ranks that fail, the first to claim it tells the user. Set once the ranks have met.
 claim_to_tell: Callable[[], bool] | None = None
 _GRACE_SECONDS = 2.0
+
+
+def say(text: str) -> None:
+    """Print a line. Where stdout is a file on a disk that is full, that is no reason to stop a run."""
+    with suppress(OSError):
+        print(text, flush=True)
 
 
 @contextmanager
@@ -52,8 +58,11 @@ def one_line_errors(program: str) -> Iterator[None]:
             raise
         traceback.print_exc()
         code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # a full disk must not change the exit code
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     if "RANK" in os.environ:  # ranks that leave at different times must not wait for each other in a shutdown
         os._exit(code)
     sys.exit(code)

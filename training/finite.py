@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from data.loader import BatchLoader
-from training.errors import UserError
+from training.errors import UserError, say
 from training.ranks import Ranks
 
 _MOST_IN_A_ROW = 20
@@ -68,7 +68,7 @@ class FiniteGuard:
             if self._in_a_row > _MOST_IN_A_ROW:
                 raise UserError(f"{what}, as in the {_MOST_IN_A_ROW} steps before; {_ADVICE}", everywhere=True) from None
             if self._ranks.first:
-                print(f"{what}; skipped, {self.skipped} in all", flush=True)
+                say(f"{what}; skipped, {self.skipped} in all")
         else:
             self._in_a_row = 0
             if self._later:

@@ -6,6 +6,7 @@ import statistics
 import sys
 import time
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from training.config import Config
-from training.errors import UserError
+from training.errors import UserError, say
 from training.ranks import Ranks
 
 # Dense bfloat16 peak of one device, FLOP/s, from the makers' data sheets (SXM where there are several).
@@ -69,7 +70,7 @@ class Metrics:
                 self._size, self._waiting = self._size + written, self._waiting[written:]
         except OSError as error:
             self._size = self._cut()
-            print(f"metrics.jsonl can't be written ({error.strerror}); its lines wait in memory", flush=True)
+            say(f"metrics.jsonl can't be written ({error.strerror}); its lines wait in memory")
         return not self._waiting
 
     def _cut(self) -> int:
@@ -89,7 +90,7 @@ class Metrics:
                 os.fsync(self._file)
                 return self._size
         except OSError as error:
-            print(f"metrics.jsonl can't be written ({error.strerror})", flush=True)
+            say(f"metrics.jsonl can't be written ({error.strerror})")
         return None
 
     def close(self) -> None:
@@ -188,13 +189,13 @@ class Progress:
             line = "   ".join(f"{name} {value}" for name, value in self._shown.items())
             if update > self._start:
                 line += f"   {(self._config.steps - update) * seconds / (update - self._start):,.0f} s left"
-            print(f"{self._config.run_name}   update {update}/{self._config.steps}   {line}", flush=True)
+            say(f"{self._config.run_name}   update {update}/{self._config.steps}   {line}")
 
     def say(self, text: str) -> None:
         """Print a line on rank 0, between those of the bar."""
         if self._first:
-            tqdm.write(text, file=sys.stdout)
-            sys.stdout.flush()
+            with suppress(OSError), self._bar.external_write_mode(file=sys.stdout):
+                say(text)
 
     def close(self) -> None:
         self._bar.close()

@@ -167,8 +167,8 @@ class Ranks:
         try:
             dist.monitored_barrier(self.roll_call, timeout=timedelta(seconds=3), wait_all_ranks=self.first)
         except RuntimeError as missing:
-            if named := re.search(r"(Ranks? [\d, ]+) failed to pass", str(missing)):
-                lost = named[1].strip().lower()
+            if named := re.search(r"Ranks? ([\d, ]+) failed to pass", str(missing)):
+                lost = f"rank{'s' * (',' in named[1])} {named[1].strip()}"
         return f"{lost} died or hangs ({_first_line(error)}); --resume auto goes on from the newest checkpoint"
 
     def close(self) -> None:
@@ -217,6 +217,10 @@ def _meet(rank: int, size: int, timeout: timedelta) -> dist.Store:
     host = os.environ.get("MASTER_ADDR", "")
     if not host:
         raise UserError("RANK is set and MASTER_ADDR is not: start the ranks with torchrun, or unset RANK for one process")
+    try:
+        socket.getaddrinfo(host, port)
+    except OSError as error:
+        raise UserError(f"MASTER_ADDR = {host} can't be found ({error.strerror}); torchrun sets it") from None
     held = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if rank == 0 and not held:
         _check_free(port)

@@ -30,29 +30,47 @@ _FIXED = (
 _VARIABLES = ("OMP_", "MKL_", "NCCL_", "CUDA_", "CUBLAS_", "TORCH_", "PYTORCH_", "GLOO_", "SLURM_JOB_ID")
 
 
-def prepare_run(run_dir: Path, config: Config) -> tuple[Path | None, dict[str, Any] | None]:
-    """Make the run's folder and describe the run in it; the checkpoint to start from and its state, or None.
+def find_start(run_dir: Path, config: Config) -> tuple[Path | None, dict[str, Any] | None]:
+    """The checkpoint to start from and its state, or None. Changes nothing on disk.
 
     Raises UserError where the folder holds a run that this one neither resumes nor may overwrite, where there is nothing
     to resume at the path that was given, and where the checkpoint is of another experiment.
     """
     try:
         found = _find(run_dir, config)
-        if found is None:
-            _clear(run_dir)
-        (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
         if found is not None:
             _check_same_experiment(*found, config)
-            _adopt_metrics(run_dir, *found)
-        _describe(run_dir, config, found[1]["step"] if found else 0)
+            _check_metrics(*found)
     except OSError as error:
-        where = error.filename or run_dir
-        raise UserError(f"{where} can't be written ({error.strerror}); choose another --results-dir") from None
+        raise _unwritable(run_dir, error) from None
     return found or (None, None)
 
 
+def prepare_run(run_dir: Path, config: Config, source: Path | None, state: dict[str, Any] | None) -> None:
+    """Make the run's folder, with nothing of an older run in the way, and describe the run in it."""
+    try:
+        own = source is not None and _is_in(source, run_dir)
+        content = None if source is None or own else (source.parent.parent / "metrics.jsonl").read_bytes()
+        if not own:
+            _clear(run_dir)
+        (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+        if content is not None:  # the curve up to the checkpoint of the other run
+            (run_dir / "metrics.jsonl").write_bytes(content)
+        _describe(run_dir, config, state["step"] if state else 0)
+    except OSError as error:
+        raise _unwritable(run_dir, error) from None
+
+
+def _unwritable(run_dir: Path, error: OSError) -> UserError:
+    return UserError(f"{error.filename or run_dir} can't be written ({error.strerror}); choose another --results-dir")
+
+
+def _is_in(checkpoint: Path, run_dir: Path) -> bool:
+    return checkpoint.resolve().parent == (run_dir / "checkpoints").resolve()
+
+
 def _find(run_dir: Path, config: Config) -> tuple[Path, dict[str, Any]] | None:
-    """What to resume from. None: start fresh, with nothing of an older run in the way."""
+    """What to resume from. None: start fresh."""
     own = run_dir / "checkpoints"
     exists = run_dir.exists() and any(run_dir.iterdir())
     if exists and not _is_run(run_dir):
@@ -70,7 +88,7 @@ def _find(run_dir: Path, config: Config) -> tuple[Path, dict[str, Any]] | None:
         found = newest_state(inside) if inside.is_dir() else (path, read_state(path))
         if found is None:
             raise UserError(f"--resume {path}: that run has no whole checkpoint")
-        if exists and found[0].resolve().parent != own.resolve() and not config.overwrite:
+        if exists and not _is_in(found[0], run_dir) and not config.overwrite:
             raise UserError(f"{run_dir} holds another run; choose another --run-name, or --overwrite it")
         return found
     if exists and not config.overwrite:
@@ -119,14 +137,11 @@ def _check_same_experiment(checkpoint: Path, state: dict[str, Any], config: Conf
         raise UserError(f"{checkpoint} is at step {state['step']}, past --steps {config.steps}")
 
 
-def _adopt_metrics(run_dir: Path, checkpoint: Path, state: dict[str, Any]) -> None:
-    """The metrics up to the checkpoint, also where it is another run's."""
-    source, target = checkpoint.parent.parent / "metrics.jsonl", run_dir / "metrics.jsonl"
+def _check_metrics(checkpoint: Path, state: dict[str, Any]) -> None:
+    source = checkpoint.parent.parent / "metrics.jsonl"
     size = source.stat().st_size if source.exists() else 0
     if size < state["metrics_bytes"]:
         raise UserError(f"{source} is shorter than when {checkpoint.name} was written; it belongs to the checkpoint")
-    if source.resolve() != target.resolve():
-        shutil.copyfile(source, target)
 
 
 def _describe(run_dir: Path, config: Config, step: int) -> None:

@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=gluon
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=64
+#SBATCH --time=24:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=USR1@300
+#
+# One run on many nodes, for as long as it takes:
+#
+#   sbatch --nodes=4 scripts/slurm.sh --config configs/mvr1_b512.py [--key value ...]
+#
+# 300 seconds before the job's time is over (and when it is preempted) Slurm signals the tasks. torchrun hands the signal on to
+# its ranks, which save a checkpoint, leave the marker results/<run>/requeue and end; this script then puts the job into the queue
+# again. A rank that dies is restarted by torchrun up to RESTARTS times. --resume auto goes on in each case.
+set -uo pipefail
+cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"
+python=${PYTHON:-.venv/bin/python}
+gpus=${SLURM_GPUS_ON_NODE:-gpu}
+restarts=${RESTARTS:-3}
+
+# Checks the options before any node starts, and says where the marker will be.
+run_dir=$("$python" -c '
+import sys
+from training.config import load_config
+from training.errors import one_line_errors
+with one_line_errors("slurm"):
+    config = load_config(sys.argv[1:])
+    print(config.results_dir, config.run_name, sep="/")
+' "$@") || exit 2
+rm -f "$run_dir/requeue"
+
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+port=$((20000 + SLURM_JOB_ID % 20000))
+srun --kill-on-bad-exit=1 "$python" -m torch.distributed.run \
+  --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="$gpus" --max-restarts="$restarts" \
+  --rdzv-id="$SLURM_JOB_ID" --rdzv-backend=c10d --rdzv-endpoint="$head:$port" \
+  --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout=240 \
+  train_gpt.py "$@" --resume auto
+status=$?
+
+# torchrun loses the ranks' exit codes when a signal ends it, so the marker alone decides.
+if [ -e "$run_dir/requeue" ]; then
+  echo "slurm: the run was preempted and is saved; job $SLURM_JOB_ID goes back into the queue"
+  exec scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"

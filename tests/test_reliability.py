@@ -1,0 +1,508 @@
+"""A cluster that fails: processes that die at any moment, files that are damaged, disks that are full, numbers that blow up."""
+
+import errno
+import functools
+import json
+import os
+import resource
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from train_runs import ROOT, Trainer, data, trainer  # noqa: F401
+
+import training.checkpoint
+from data.loader import BatchLoader
+from model import GPT, MLP
+from training.checkpoint import list_checkpoints, newest_state, read_state
+from training.config import Config
+from training.errors import UserError
+from training.finite import FiniteGuard
+from training.metrics import Metrics, SpikeDetector
+from training.ranks import Ranks
+
+sys.path.append(str(ROOT / "scripts"))
+from kill_test import kill_runs
+
+MVR2 = "--optimizer mvr2 --gamma 0.4"
+ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(trainer):  # noqa: F811
+    """Runs that nothing disturbs, each made once."""
+    made = {}
+
+    def run(options: str, ranks: int = 1):
+        if (options, ranks) not in made:
+            made[options, ranks] = trainer.run(f"undisturbed-{len(made)}", options, ranks=ranks).ok()
+        return made[options, ranks]
+
+    return run
+
+
+def at_step(step: int, act) -> None:
+    """Call `act` when a batch is asked for, once."""
+    batch = BatchLoader.batch
+
+    def patched(self: BatchLoader, wanted: int):
+        if wanted == step:
+            BatchLoader.batch = batch
+            act()
+        return batch(self, wanted)
+
+    BatchLoader.batch = patched
+
+
+def on_rank(rank: int) -> bool:
+    return os.environ.get("RANK", "0") == str(rank)
+
+
+# ---- SIGKILL
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_two_kills(trainer, ranks):  # noqa: F811
+    survived, made, _ = kill_runs(trainer, "mvr2", kills=2, ranks=ranks, seed=1)
+    assert (survived, made) == (2, 2)
+
+
+# ---- checkpoints
+
+
+@pytest.fixture
+def checkpoints(trainer, tmp_path):  # noqa: F811
+    """The checkpoints of steps 3 and 6 of a run, in a folder of their own."""
+    done = Path(trainer.results) / "to-be-damaged"
+    if not done.exists():
+        trainer.run("to-be-damaged", f"{MVR2} --checkpoint-every 3 --steps 6").ok()
+    shutil.copytree(done, tmp_path / "run")
+    return tmp_path / "run" / "checkpoints"
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def edit_state(**changes):
+    def edit(folder: Path) -> None:
+        state = json.loads((folder / "state.json").read_text())
+        (folder / "state.json").write_text(json.dumps(state | changes))
+
+    return edit
+
+
+DAMAGES = {
+    "a bit of the weights": lambda folder: flip(folder / "model.safetensors"),
+    "a bit of the momentum": lambda folder: flip(folder / "optimizer-00000.safetensors"),
+    "truncated weights": lambda folder: os.truncate(folder / "model.safetensors", 100),
+    "no weights": lambda folder: (folder / "model.safetensors").unlink(),
+    "no momentum": lambda folder: (folder / "optimizer-00000.safetensors").unlink(),
+    "no state": lambda folder: (folder / "state.json").unlink(),
+    "an empty state": lambda folder: (folder / "state.json").write_text(""),
+    "half a state": lambda folder: os.truncate(folder / "state.json", 300),
+    "bytes for a state": lambda folder: (folder / "state.json").write_bytes(bytes(range(256))),
+    "a list for a state": lambda folder: (folder / "state.json").write_text("[1, 2]"),
+    "nested brackets": lambda folder: (folder / "state.json").write_text("[" * 100_000),
+    "another format": edit_state(format=2),
+    "a step in words": edit_state(step="six"),
+    "no files": edit_state(files={}),
+    "files that are none": edit_state(files=3),
+    "a folder for a file": lambda folder: ((folder / "state.json").unlink(), (folder / "state.json").mkdir()),
+    "nothing in it": lambda folder: (shutil.rmtree(folder), folder.mkdir()),
+    "a file for a folder": lambda folder: (shutil.rmtree(folder), folder.write_text("x")),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_used(checkpoints, capsys, damage):
+    DAMAGES[damage](checkpoints / "step_0000006")
+    path, state = newest_state(checkpoints)
+    assert path.name == "step_0000003" and state["step"] == 3
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and "step_0000006" in said and "trying the checkpoint before it" in said
+
+
+def test_resume_after_damage_is_exact(trainer, undisturbed, checkpoints):  # noqa: F811
+    flip(checkpoints / "step_0000006" / "model.safetensors")
+    shutil.copytree(checkpoints.parent, trainer.results / "damaged")
+    done = trainer.run("damaged", f"{MVR2} --resume auto").ok()
+    assert "is damaged: its checksum" in done.out and "steps 3 to 7" in done.out
+    done.same_as(undisturbed(MVR2))
+
+
+def test_where_no_checkpoint_is_whole_nothing_is_removed(trainer, checkpoints):  # noqa: F811
+    for step in (3, 6):
+        flip(checkpoints / f"step_000000{step}" / "model.safetensors")
+    folder = trainer.results / "all-damaged"
+    shutil.copytree(checkpoints.parent, folder)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert (
+        "is whole any more; --overwrite starts the run again" in trainer.run("all-damaged", f"{MVR2} --resume auto").refusal()
+    )
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def limit_file_size(size: int) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+def full_disk_for_a_while() -> None:
+    """No file can be larger than 600 bytes from step 2 to step 5, in which two checkpoints are due."""
+    at_step(5, functools.partial(limit_file_size, resource.RLIM_INFINITY))
+    at_step(2, functools.partial(limit_file_size, 600))
+
+
+def full_disk_to_the_end() -> None:
+    at_step(3, functools.partial(limit_file_size, 700))
+
+
+def test_a_full_disk_keeps_the_run_alive(trainer, undisturbed):  # noqa: F811
+    done = trainer.run("full", f"{MVR2} --checkpoint-every 1", patch=full_disk_for_a_while).ok()
+    assert "checkpoint not written: File too large" in done.out or "metrics.jsonl can't be written" in done.out
+    done.same_as(undisturbed(MVR2))
+    newest = list_checkpoints(done.folder / "checkpoints")
+    assert [read_state(path)["step"] for path in newest] == [7, 6]
+    assert not [path for path in (done.folder / "checkpoints").iterdir() if path.name.startswith(".")]
+
+
+def test_a_disk_that_stays_full_leaves_the_old_checkpoints_whole(trainer, undisturbed):  # noqa: F811
+    done = trainer.run("stays-full", f"{MVR2} --checkpoint-every 1", patch=full_disk_to_the_end)
+    assert "the last checkpoint could not be written" in done.refusal()
+    steps = [read_state(path)["step"] for path in list_checkpoints(done.folder / "checkpoints")]
+    assert steps in ([3, 2], [2, 1])  # that of step 3 was perhaps still being written
+    trainer.run("stays-full", f"{MVR2} --resume auto").ok().same_as(undisturbed(MVR2))
+
+
+def rank_1_cannot_write_once() -> None:
+    write = training.checkpoint._write_tensors
+
+    def failing(path: Path, tensors: dict) -> str:
+        if on_rank(1) and "step_0000002" in str(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return write(path, tensors)
+
+    training.checkpoint._write_tensors = failing
+
+
+def test_a_write_that_fails_on_another_rank_is_reported(trainer):  # noqa: F811
+    done = trainer.run("rank-1-full", "--checkpoint-every 2 --keep-checkpoints 9", ranks=2, patch=rank_1_cannot_write_once)
+    assert "checkpoint not written: No space left on device (rank 1)" in done.ok().out
+    assert [path.name[-1] for path in list_checkpoints(done.folder / "checkpoints")] == ["7", "6", "4"]
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+    model = torch.nn.Linear(3, 3)
+    optimizer = torch.optim.SGD(model.parameters(), momentum=0.9)
+    (tmp_path / "checkpoints").mkdir()
+    write = training.checkpoint._write_tensors
+    monkeypatch.setattr(training.checkpoint, "_write_tensors", lambda *a: (time.sleep(0.5), write(*a))[1])
+    checkpointer = training.checkpoint.Checkpointer(tmp_path, ALONE, keep=2)
+    before = model.weight.detach().clone()
+    position = {"passes": 1, "skipped": 0, "validated": 0, "seconds": 0.0, "metrics_bytes": 0, "config": {}}
+    started = time.monotonic()
+    checkpointer.save(1, model, optimizer, position)
+    assert time.monotonic() - started < 0.4
+    with torch.no_grad():
+        model.weight.zero_()
+    assert not list_checkpoints(tmp_path / "checkpoints")
+    checkpointer.finish()
+    saved = training.checkpoint.load_file(tmp_path / "checkpoints" / "step_0000001" / "model.safetensors")
+    assert torch.equal(saved["weight"], before)
+
+
+# ---- numbers
+
+
+def poison(step: int, kind: str, rank: int = 0, passes: tuple[int, ...] = (1, 2), last: int | None = None) -> None:
+    """On one rank, from a step to a last one: an infinite MLP (`layer`), a loss or a gradient that is not finite."""
+    state = {"step": -1, "pass": 0, "training": False}
+    guarded, look, forward, mlp = FiniteGuard.step, FiniteGuard.look, GPT.forward, MLP.forward
+
+    def stepping(self, number):
+        state.update(step=number, **{"pass": 1})
+        return guarded(self, number)
+
+    def looking(self, loss):
+        if in_pass() and kind == "gradient":
+            dict(self._model.named_parameters())["blocks.1.mlp.fc.weight"].grad[0, 0] = torch.inf
+        state["pass"] += 1
+        look(self, loss)
+
+    def in_step() -> bool:
+        return on_rank(rank) and step <= state["step"] <= (last or step)
+
+    def in_pass() -> bool:
+        return in_step() and state["pass"] in passes
+
+    def active() -> bool:  # also when the guard, after the pass, evaluates the batch again
+        return in_step() and any(state["pass"] - after in passes for after in (0, 1))
+
+    def forwarding(self, idx, targets=None):
+        if not hasattr(self, "marked"):
+            self.marked = True
+            self.blocks[1].mlp.is_poisoned = True
+        out = forward(self, idx, targets)
+        return out * torch.nan if in_pass() and kind == "loss" else out
+
+    def mlp_forward(self, x):
+        out = mlp(self, x)
+        return out + torch.inf if kind == "layer" and hasattr(self, "is_poisoned") and active() else out
+
+    FiniteGuard.step, FiniteGuard.look, GPT.forward, MLP.forward = stepping, looking, forwarding, mlp_forward
+
+
+@pytest.mark.parametrize(
+    "kind, ranks, says",
+    [
+        ("loss", 1, "step 4: the loss is not finite, from the head on (batch 4: sequences 32 to 39)"),
+        ("layer", 1, "step 4: the loss is not finite, from blocks.1.mlp on (batch 4: sequences 32 to 39)"),
+        ("layer", 2, "step 4: the loss is not finite, from blocks.1.mlp on, on rank 1 (batch 4: sequences 32 to 39)"),
+        ("gradient", 1, "step 4: the gradient of blocks.1.mlp.fc.weight is not finite (batch 4: sequences 32 to 39)"),
+        ("gradient", 2, "step 4: the gradient of blocks.1.mlp.fc.weight is not finite (batch 4: sequences 32 to 39)"),
+    ],
+)
+def test_a_number_that_is_not_finite_stops_all_ranks(trainer, undisturbed, kind, ranks, says):  # noqa: F811
+    name = f"poisoned-{kind}-{ranks}"
+    patch = functools.partial(poison, 4, kind, rank=ranks - 1)
+    done = trainer.run(name, f"{MVR2} --checkpoint-every 2", ranks=ranks, patch=patch)
+    assert (
+        done.refusal()
+        == f"train_gpt: {says}; go on from the last checkpoint with --resume auto, and a lower --lr or --on-nan skip"
+    )
+    path, state = newest_state(done.folder / "checkpoints")
+    assert state["step"] == 4
+    assert all(value.isfinite().all() for value in training.checkpoint.load_file(path / "model.safetensors").values())
+    trainer.run(name, f"{MVR2} --resume auto", ranks=ranks).ok().same_as(undisturbed(MVR2, ranks))
+
+
+def drop_batch_4() -> None:
+    batch = BatchLoader.batch
+    BatchLoader.batch = lambda self, step: batch(self, step if step < 4 else step + 1)
+
+
+@pytest.mark.parametrize(
+    "options, ranks",
+    [("--optimizer gluon", 1), ("--optimizer adamw", 1), (MVR2, 1), (MVR2, 2), ("--optimizer mvr3 --gamma 0.4", 1)],
+)
+def test_a_skipped_step_leaves_no_trace(trainer, options, ranks):  # noqa: F811
+    """As if the batch had never been there: for MVR-2 the pending update stays pending."""
+    name = f"skips-{options.split()[1]}-{ranks}"
+    patch = functools.partial(poison, 4, "loss", rank=ranks - 1)
+    skipping = trainer.run(name, f"{options} --on-nan skip --val-every 1", ranks=ranks, patch=patch).ok()
+    without = trainer.run(f"{name}-without", f"{options} --val-every 1 --steps 6", ranks=ranks, patch=drop_batch_4).ok()
+    assert skipping.out.count("skipped, 1 in all") == 1
+    assert {line.get("skipped") for line in skipping.metrics} == {None, 1}
+    assert skipping.metrics[-1]["skipped"] == 1 and skipping.metrics[-1]["update"] == 6
+    mine, theirs = ([{key: line[key] for key in line if key.endswith("loss") or key == "update"} for line in run.metrics]
+                    for run in (skipping, without))  # fmt: skip
+    assert mine == theirs
+    assert all(np.array_equal(value, without.weights[name]) for name, value in skipping.weights.items())
+
+
+def test_the_pending_update_stands_where_the_second_pass_is_skipped(trainer):  # noqa: F811
+    patch = functools.partial(poison, 4, "loss", passes=(2,))
+    whole = trainer.run("second-pass", f"{MVR2} --on-nan skip", patch=patch).ok()
+    assert [line["update"] for line in whole.metrics if "train_loss" in line] == [0, 1, 2, 3, 4, 5]
+    assert whole.metrics[-1]["update"] == 6 and whole.metrics[-1]["skipped"] == 1
+    trainer.run("second-pass-5", f"{MVR2} --on-nan skip --steps 5", patch=patch).ok()
+    trainer.run("second-pass-5", f"{MVR2} --on-nan skip --resume auto").ok().same_as(whole)
+
+
+def test_a_run_that_can_only_skip_ends(trainer):  # noqa: F811
+    patch = functools.partial(poison, 2, "loss", last=99)
+    message = trainer.run("only-skips", "--on-nan skip --steps 40", patch=patch).refusal()
+    assert "step 22: " in message and "as in the 20 steps before" in message
+
+
+def test_spikes():
+    detector = SpikeDetector()
+    generator = np.random.default_rng(0)
+    assert all(detector.add(3 + 0.1 * value) is None for value in generator.standard_normal(200))
+    assert detector.add(4.0) > 6
+    assert detector.add(None) is None and detector.add(2.0) is None
+
+
+def test_a_spike_is_found_the_same_after_a_resume(tmp_path):
+    losses = (3 + 0.1 * np.random.default_rng(0).standard_normal(40)).tolist()
+    for stop in (40, 35):
+        folder = tmp_path / str(stop)
+        folder.mkdir()
+        metrics = Metrics(folder, Config(), ALONE, 0)
+        for update, loss in enumerate(losses[:stop]):
+            metrics.write(update=update, train_loss=loss)
+        size = metrics.durable_bytes()
+        metrics.close()
+        metrics = Metrics(folder, Config(), ALONE, size)
+        for update, loss in enumerate(losses[stop:], stop):
+            metrics.write(update=update, train_loss=loss)
+        metrics.write(update=40, train_loss=5.0)
+        metrics.close()
+    first, second = ((tmp_path / str(stop) / "metrics.jsonl").read_text() for stop in (40, 35))
+    assert first == second and json.loads(first.splitlines()[-1])["spike"] > 6
+
+
+# ---- ranks that die, hang or fail
+
+
+def stop_rank_1() -> None:
+    if on_rank(1):
+        at_step(3, functools.partial(os.kill, os.getpid(), signal.SIGSTOP))
+
+
+def test_a_rank_that_hangs_is_named(trainer):  # noqa: F811
+    running = trainer.start("hangs", "--rank-timeout 3", ranks=2, patch=stop_rank_1)
+    running.processes[0].join(30)
+    running.processes[1].kill()
+    done = running.done()
+    assert done.codes == [1, -9]
+    assert "train_gpt: rank 1 died or hangs" in done.err and "--resume auto" in done.err and "Traceback" not in done.err
+
+
+def test_a_rank_that_dies_does_not_leave_the_others_hanging(trainer, undisturbed):  # noqa: F811
+    def dead() -> bool:
+        metrics = running.folder / "metrics.jsonl"
+        return metrics.exists() and metrics.read_text().count("\n") > 3
+
+    options = f"{MVR2} --steps 150 --checkpoint-every 2"
+    running = trainer.start("dies", options, ranks=2)
+    running.wait_for(dead)
+    running.signal(signal.SIGKILL, rank=1)
+    done = running.done(timeout=30)
+    assert done.codes == [1, -9] and "died or hangs" in done.err and "Traceback" not in done.err
+
+
+def rank_1_refuses() -> None:
+    def refuse() -> None:
+        raise UserError("this node's disk is empty")
+
+    if on_rank(1):
+        at_step(3, refuse)
+
+
+def test_an_error_of_another_rank_alone_is_told_once(trainer):  # noqa: F811
+    done = trainer.run("rank-1-refuses", "", ranks=2, patch=rank_1_refuses)
+    assert done.codes[1] == 2 and done.codes[0] == 1
+    lines = [line for line in done.err.splitlines() if line.startswith("train_gpt")]
+    assert lines == ["train_gpt: this node's disk is empty (rank 1)"] and "Traceback" not in done.err
+
+
+# ---- torchrun and Slurm
+
+CRASH_ONCE = """
+import os, signal, sys
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+sys.argv[0] = "train_gpt.py"
+import functools, train_gpt
+from test_reliability import at_step
+from training.config import load_config
+from training.errors import one_line_errors
+def die():
+    open({flag!r}, "w").close()
+    os.kill(os.getpid(), signal.SIGKILL)
+if os.environ["RANK"] == "1" and not os.path.exists({flag!r}):
+    at_step(5, die)
+with one_line_errors("train_gpt"):
+    train_gpt.train(load_config(sys.argv[1:]))
+"""
+
+
+def test_torchrun_restarts_a_killed_rank(trainer, undisturbed, tmp_path):  # noqa: F811
+    expected = undisturbed(MVR2, 2)
+    script, flag = tmp_path / "crash_once.py", tmp_path / "crashed"
+    script.write_text(CRASH_ONCE.format(root=str(ROOT), flag=str(flag)))
+    words = trainer.words("restarted", f"{MVR2} --checkpoint-every 2 --resume auto")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    done = subprocess.run(
+        [*command, str(script), *words],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0 and flag.exists(), done.stderr[-3000:]
+    assert "steps 4 to 7" in done.stdout
+    type(expected)([0], done.stdout, done.stderr, trainer.results / "restarted").same_as(expected)
+
+
+@pytest.fixture
+def slurm(tmp_path, trainer):  # noqa: F811
+    """Runs scripts/slurm.sh with our own srun and scontrol, which write down how they were called."""
+    stubs = tmp_path / "bin"
+    stubs.mkdir()
+    calls = tmp_path / "calls"
+
+    def run(srun: str, *words: str, host: str = "node7", **environment: str):
+        calls.write_text("")
+        texts = {"srun": srun, "scontrol": 'if [ "$1" = show ]; then printf "HOST\\nnode8\\n"; fi'.replace("HOST", host)}
+        for name, text in texts.items():
+            (stubs / name).write_text(f'#!/usr/bin/env bash\necho "{name} $*" >> {calls}\n{text}\n')
+            (stubs / name).chmod(stat.S_IRWXU)
+        slurm_gives = {
+            "SLURM_JOB_ID": "41",
+            "SLURM_JOB_NODELIST": "node[7-8]",
+            "SLURM_JOB_NUM_NODES": "2",
+            "SLURM_GPUS_ON_NODE": "8",
+        }
+        done = subprocess.run(
+            ["bash", "scripts/slurm.sh", *words], cwd=ROOT, capture_output=True, text=True, timeout=120,
+            env=os.environ | {"PATH": f"{stubs}:{os.environ['PATH']}", "PYTHON": sys.executable, "SLURM_SUBMIT_DIR": str(ROOT)}
+            | slurm_gives | environment,
+        )  # fmt: skip
+        return done, calls.read_text().splitlines()
+
+    return run
+
+
+def test_slurm_requeues_on_the_marker_alone(slurm, tmp_path):
+    marker = tmp_path / "results" / "quickstart_mvr2" / "requeue"
+    marker.parent.mkdir(parents=True)
+    words = ("--config", "configs/quickstart_mvr2.py", "--results-dir", str(tmp_path / "results"), "--steps", "5")
+
+    for code in (0, 1):  # torchrun ends with 1 after a signal
+        done, calls = slurm(f"touch {marker}; exit {code}", *words)
+        assert done.returncode == 0 and calls[-1] == "scontrol requeue 41", done.stderr
+    call = next(call for call in calls if call.startswith("srun"))
+    for part in ("--nnodes=2", "--nproc-per-node=8", "--rdzv-endpoint=node7:20041", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"):
+        assert part in call
+    assert call.endswith(" ".join(("train_gpt.py", *words, "--resume auto")))
+
+    for code in (0, 1):  # the marker of an earlier job is no reason to requeue for ever
+        marker.touch()
+        done, calls = slurm(f"exit {code}", *words)
+        assert (
+            done.returncode == code and not any(call.startswith("scontrol requeue") for call in calls) and not marker.exists()
+        )
+
+    done, calls = slurm("exit 0", *words, "--stepps", "3")
+    assert done.returncode == 2 and calls == [] and done.stderr.count("\n") == 1 and "--steps" in done.stderr
+
+
+def test_the_warning_of_slurm_reaches_the_ranks_through_torchrun(slurm, trainer, undisturbed):  # noqa: F811
+    """The real torchrun with two ranks, which our srun signals as Slurm would."""
+    name, options = "warned", f"{MVR2} --steps 150 --val-every 100"
+    folder = trainer.results / name
+    srun = f"""shift
+    "$@" & child=$!
+    for i in $(seq 600); do
+      [ "$(grep -c train_loss {folder}/metrics.jsonl 2>&1)" -gt 3 ] 2>/dev/null && break
+      sleep 0.1
+    done
+    kill -USR1 $child; wait $child"""
+    words = trainer.words(name, options)
+    gives = {"SLURM_GPUS_ON_NODE": "2", "SLURM_JOB_NUM_NODES": "1", "OMP_NUM_THREADS": "1"}
+    environment = gives | {"SLURM_JOB_ID": str(os.getpid())}
+    done, calls = slurm(srun, *words, host="localhost", **environment)
+    assert calls[-1].startswith("scontrol requeue"), done.stdout[-2000:] + done.stderr[-3000:]
+    assert "--resume auto goes on from there" in done.stdout and done.returncode == 0
+    assert len(list_checkpoints(folder / "checkpoints")) == 1
