@@ -53,6 +53,7 @@ from training.config import Config, load_config
 from training.errors import UserError
 
 MINI_STEPS = {8: 200, 2: 400}
+MINI_VAL_EVERY = {8: 10, 2: 20}
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ def make_plan(number: int, scale: str, seeds: int, steps: int | None, results: P
             config, folder, launcher = CONFIG, results / "mini" / f"b{figure.batch}" / series.key, ()
             options = {
                 **options_of(series.method), **trial, "batch_size": figure.batch, "steps": longer * length,
-                "val_every": max(1, length // 10), "val_tokens": 16384,
+                "val_every": MINI_VAL_EVERY[figure.batch], "val_tokens": 16384,
                 "checkpoint_every": max(1, length // 2), "keep_checkpoints": 1,
             }  # fmt: skip
         options |= extra
@@ -451,6 +452,8 @@ def draw(plan: Plan, speed: Speed | None, out: Path) -> None:
 
 def write(number: int, plan: Plan, results: Path, speed: Speed | None) -> str:
     """The picture, the table and the numbers of a figure, and its section of results/README.md."""
+    if wrong := next(filter(None, (job.changed() for job in plan.jobs.values())), ""):
+        raise UserError(wrong)
     rows = compare(plan, speed)
     if not rows:
         raise UserError(f"no run of figure {number} is done yet; leave out --plot-only")
@@ -541,3 +544,6 @@ if __name__ == "__main__":
     except UserError as error:
         print(f"reproduce.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)

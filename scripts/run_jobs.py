@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -15,6 +16,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from training.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# What may change on the way without making another run of it.
+_FREE = {"steps", "val_every", "log_every", "checkpoint_every", "keep_checkpoints", "data_dir", "device"}
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,19 @@ class Job:
         }
         words = [f"--{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in options.items()]
         return [*(self.launcher or (sys.executable,)), "train_gpt.py", f"--config={self.config}", "--resume=auto", *words]
+
+    def changed(self) -> str:
+        """Which setting this run was started with that is another one now, in words; empty where none is."""
+        try:
+            saved = json.loads((self.folder / "config.json").read_text())
+        except (OSError, ValueError):
+            return ""
+        for name in sorted(self.options.keys() & saved.keys() - _FREE):
+            kind, wanted = type(saved[name]), self.options[name]
+            wanted = str(wanted).lower() == "true" if kind is bool else kind(wanted)
+            if wanted != saved[name]:
+                return f"{_relative(self.folder)} was run with {name} = {saved[name]}, not {wanted}; remove it to run it again"
+        return ""
 
     def state(self) -> str:
         """`done`, `diverged`, `begun` or `new`."""
@@ -76,10 +93,14 @@ def records(folder: Path) -> list[dict[str, float]]:
 def run_all(jobs: list[Job], at_once: int) -> None:
     """Run what is not done yet, `at_once` at a time, in the order given. Interrupted, it stops the runs and can be
     started again. A loss that is no longer finite ends a run as `diverged`; any other failure ends everything."""
+    if wrong := next(filter(None, (job.changed() for job in jobs)), ""):
+        raise UserError(wrong)
     waiting = [job for job in jobs if job.state() not in ("done", "diverged")]
     print(f"{len(jobs)} runs: {len(jobs) - len(waiting)} done, {len(waiting)} to run", flush=True)
     running: set[subprocess.Popen] = set()
     failed = threading.Event()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the runs are stopped too
 
     def work(job: Job) -> None:
         if failed.is_set():

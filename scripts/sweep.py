@@ -177,3 +177,6 @@ if __name__ == "__main__":
     except UserError as error:
         print(f"sweep.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)

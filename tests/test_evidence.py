@@ -215,7 +215,7 @@ def test_a_tiny_figure_end_to_end(tmp_path, capsys):
     )
     command = ["--figure", "3", "--scale", "mini", "--seeds", "1", "--steps", "2", "--jobs", "2"]
     command += ["--results", str(results), "--best", str(best)]
-    small = f"--data-dir={data} --n-layer=1 --n-head=1 --d-model=8 --seq-len=8 --val-tokens=8 --batch-size=2 --device=cpu"
+    small = f"--data-dir={data} --n-layer=1 --n-head=1 --d-model=8 --seq-len=8 --val-tokens=8 --batch-size=2 --val-every=1"
     reproduce.main([*command, "--", *small.split()])
     runs = results / "mini" / "b8"
     assert max(validations(runs / "gluon" / "seed0")) == 4
@@ -228,6 +228,10 @@ def test_a_tiny_figure_end_to_end(tmp_path, capsys):
     assert rows[1]["equal_evaluations"]["difference"]["mean"] == pytest.approx(mvr2[2] - gluon[3])
     assert "| MVR-2 | lr 0.001, β 0.9, γ 0.1 | 1 |" in (results / "README.md").read_text()
     before = (runs / "gluon" / "seed0" / "metrics.jsonl").stat().st_mtime_ns
+    best.write_text(best.read_text().replace('"gamma": 0.1', '"gamma": 0.2'))
+    with pytest.raises(UserError, match=r"gamma = 0\.1, not 0\.2"):
+        reproduce.main([*command, "--plot-only", "--", *small.split()])
+    best.write_text(best.read_text().replace('"gamma": 0.2', '"gamma": 0.1'))
     reproduce.main([*command, "--", *small.split()])
     assert "2 done, 0 to run" in capsys.readouterr().out
     assert (runs / "gluon" / "seed0" / "metrics.jsonl").stat().st_mtime_ns == before
