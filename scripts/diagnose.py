@@ -242,7 +242,7 @@ def _text(value: float | None) -> str:
 
 
 def draw(runs: dict[str, list[dict[str, Any]]], out: Path) -> None:
-    """Six panels, one line a run; for a kind's own numbers, that of the run's optimizer (MVR-2's for others)."""
+    """Eight panels, one line a run; for a kind's own numbers, that of the run's optimizer (MVR-2's for others)."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -257,13 +257,15 @@ def draw(runs: dict[str, list[dict[str, Any]]], out: Path) -> None:
         "‖g - ĝ‖ / ‖g‖": lambda name, r: r["relative_difference"][kind(name)],
         "bfloat16's rounding error / ‖g - ĝ‖": lambda name, r: r["rounding_noise"][kind(name)],
         "Cosine of the momentum and ∇f (median layer)": lambda _, r: r["momentum_cosine"],
-        "Cosine of successive updates": lambda _, r: r["turn"],
+        "Cosine of successive updates (mean over layers)": lambda _, r: r["turn"],
+        "Loss that the last update gains to first order": lambda _, r: -r["first_order"],
+        "Share of that gain that curvature takes back": lambda _, r: -r["curvature"] / r["first_order"],
     }
     look = {"font.size": 10, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": "#999999", "axes.grid": True,
             "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "grid.color": GRID,
             "xtick.color": INK, "ytick.color": INK}  # fmt: skip
     with plt.rc_context(look):
-        figure, axes = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
+        figure, axes = plt.subplots(2, 4, figsize=(17, 7), layout="constrained")
         for panel, (title, value) in zip(axes.flat, panels.items(), strict=True):
             for i, (name, records) in enumerate(runs.items()):
                 points = [(r["update"], value(name, r)) for r in records if value(name, r) is not None]
@@ -274,7 +276,8 @@ def draw(runs: dict[str, list[dict[str, Any]]], out: Path) -> None:
             panel.set_title(title, fontsize=10.5)
             panel.set_xlabel("Updates")
             panel.tick_params(length=0)
-        axes[1, 2].axhline(0, color=INK, linewidth=0.8)
+        for panel, level in ((axes[1, 1], 0), (axes[1, 3], 1)):
+            panel.axhline(level, color=INK, linewidth=0.8)
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
         out.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(out, dpi=130)
