@@ -175,17 +175,15 @@ def pod_blocks(pod: str) -> Document:
     for part in re.split(r"\n[ \t]*\n", pod):
         part = part.strip("\n")
         command = re.match(r"=(\w+)\s*", part)
-        if command and command[1] in ("begin", "cut", "for"):
-            skipping = command[1] != "for"
-        elif command and command[1] in ("end", "pod"):
-            skipping = False
-        elif skipping and not (command and command[1].startswith("head")):
-            continue
-        elif command or (part and not part[0].isspace()):
+        name = command[1] if command else ""
+        heading = name.startswith("head")
+        if name in ("begin", "cut", "end", "pod"):
+            skipping = name in ("begin", "cut")
+        elif heading or (not skipping and part and not part[0].isspace() and name not in ("for", "over", "back", "encoding")):
             skipping = False
             text = tidy(_pod_codes(part[command.end() :] if command else part))
             if text and text != "*":
-                blocks.append(Block(text, bool(command and command[1].startswith("head"))))
+                blocks.append(Block(text, heading))
     return blocks
 
 
@@ -287,7 +285,7 @@ def api_document(value: object, key: str) -> Document:
 
 def is_english(text: str) -> bool:
     """Whether a paragraph reads like English prose rather than code, a table or another language's script."""
-    words = re.findall(r"\b[A-Za-z][a-z']*\b", text)
+    words = re.findall(r"\b(?:[A-Za-z][a-z']*|[A-Z]+)\b", text)
     letters = sum(map(len, re.findall(r"[A-Za-z ]+", text)))
     return len(words) >= LEAST_WORDS and letters >= LEAST_LETTERS * len(text)
 
@@ -636,16 +634,21 @@ def deduplicate(documents: Iterable[Document], seen: set[bytes], record: Record)
         record.documents_found += 1
         record.characters_found += whole
         kept: Document = []
+        headings: Document = []
+        lost = False  # whether a paragraph under these headings was dropped
         for block in document:
-            if not block.heading:
-                record.paragraphs += 1
-                key = paragraph_key(block.text)
-                if key in seen:
-                    record.duplicate_paragraphs += 1
-                    continue
-                seen.add(key)
-            kept.append(block)
-        kept = clean(kept)  # headings that lost their paragraphs
+            if block.heading:
+                headings, lost = [*([] if lost else headings), block], False
+                continue
+            record.paragraphs += 1
+            key = paragraph_key(block.text)
+            if key in seen:
+                record.duplicate_paragraphs += 1
+                lost = True
+                continue
+            seen.add(key)
+            kept += [*headings, block]
+            headings, lost = [], False
         text = "\n\n".join(block.text for block in kept)
         if sum(len(block.text) for block in kept) < LEAST_KEPT * whole:
             record.duplicate_documents += 1

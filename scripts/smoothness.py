@@ -64,6 +64,8 @@ from training.files import atomic_file
 
 ROOT = Path(__file__).resolve().parent.parent
 PENALTY = 10.0
+DPI = 150
+FIRST = 5  # update of the fits and pictures: the first few leave a start at which half of the gradients are exactly zero
 GAMMAS = (0.0, 0.1, 1.0)
 PROBE_SCALES = (1 / 16, 1 / 4, 4.0)
 
@@ -274,9 +276,14 @@ def kind_of(name: str) -> str:
     return name.removesuffix(".weight").rpartition(".")[2]
 
 
-def fits(result: dict, first: int = 1) -> dict[str, Fit]:
-    """The fit of each layer, over the updates from `first` on: at update 0 most gradients are exactly zero."""
+def fits(result: dict) -> dict[str, Fit]:
+    """The fit of each layer, over the updates from FIRST on."""
+    first = _first(result)
     return {name: fit_line(series["gradient"][first:], series["ratio"][first:]) for name, series in result["layers"].items()}
+
+
+def _first(result: dict) -> int:
+    return min(FIRST, len(result["pool_loss"]) // 2 - 1)
 
 
 def _kinds(result: dict) -> dict[str, list[str]]:
@@ -304,7 +311,7 @@ def table(result: dict) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for kind, names in kinds.items():
-        ratios = [np.asarray(result["layers"][name]["ratio"][1:]) for name in names]
+        ratios = [np.asarray(result["layers"][name]["ratio"][_first(result) :]) for name in names]
         lines.append(
             f"| {kind} ({result['norms'][names[0]]}) | {_range([found[n].l0 for n in names])} "
             f"| {_range([found[n].l1 for n in names])} | {_range([found[n].covered for n in names], '.0%')} "
@@ -373,7 +380,7 @@ def _draw_smoothness(result: dict, path: Path) -> None:
     for panel, (kind, names) in zip(grid.flat, kinds.items(), strict=False):
         for number, name in enumerate(names):
             series, fit, colour = result["layers"][name], found[name], COLOURS[number % len(COLOURS)]
-            x, y = np.asarray(series["gradient"][1:]), np.asarray(series["ratio"][1:])
+            x, y = (np.asarray(series[key][_first(result) :]) for key in ("gradient", "ratio"))
             panel.scatter(x, y, s=11, color=colour, alpha=0.55, linewidths=0)
             ends = np.linspace(x.min(), x.max(), 50)
             label = f"{f'block {number}: ' if len(names) > 1 else ''}{fit.l0:.2g} + {fit.l1:.2g} ‖∇f‖"
@@ -390,16 +397,18 @@ def _draw_smoothness(result: dict, path: Path) -> None:
     for row in grid:
         row[0].set_ylabel("‖∇f(X′) − ∇f(X)‖ dual over ‖X′ − X‖")
     figure.suptitle("Smoothness along a run of Gluon, one point an update, with the fitted L⁰ + L¹ ‖∇f‖", fontweight="bold")
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=DPI)
     plt.close(figure)
 
 
 def _draw_noise(result: dict, path: Path) -> None:
     from matplotlib import pyplot as plt
+    from matplotlib import ticker
 
     kinds = _kinds(result)
     hidden = [name for name in result["layers"] if kind_of(name) != "embedding"]
-    figure, panels = plt.subplots(1, 4, figsize=(16, 4.6), layout="constrained")
+    figure, grid = plt.subplots(2, 2, figsize=(13, 9), layout="constrained")
+    panels = list(grid.flat)
     for number, (kind, names) in enumerate(kinds.items()):
         for panel, upper, lower in ((panels[0], "sigma", "gradient"), (panels[1], "difference_noise", "sigma")):
             values = np.median([_over(upper, lower)(result["layers"][name])[1:] for name in names], axis=0)
@@ -422,6 +431,9 @@ def _draw_noise(result: dict, path: Path) -> None:
     for panel in panels[:3]:
         panel.set_xlabel("update")
         panel.set_yscale("log")
+        panel.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.yaxis.set_minor_locator(ticker.NullLocator())
     updates = sorted({probe["update"] for probe in result["probes"]})
     for number, update in enumerate(updates):
         for key, style, what in (("ratio", "-", "‖Δ‖/‖ΔX‖"), ("noise", "--", "S/‖ΔX‖")):
@@ -431,15 +443,16 @@ def _draw_noise(result: dict, path: Path) -> None:
                 points.append((scale, float(np.median(values))))
             panels[3].plot(*zip(*points, strict=True), style, color=COLOURS[number], marker="o", markersize=4, linewidth=1.5,
                            label=f"update {update}, {what}")  # fmt: skip
-    panels[3].set_title("Against step length (blocks; 1 = the run's step)", fontsize=11, loc="left")
+    panels[3].set_title("Other step lengths: ratios of the blocks over those at the run's own step", fontsize=11, loc="left")
     panels[3].set_xscale("log", base=2)
+    panels[3].xaxis.set_major_formatter("{x:g}")
     panels[3].set_xlabel("length of the step over the run's")
     panels[3].set_ylim(bottom=0)
     if updates:
         panels[3].legend(fontsize=8)
     for panel in panels:
         panel.tick_params(length=0, which="both")
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=DPI)
     plt.close(figure)
 
 
