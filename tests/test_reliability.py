@@ -11,6 +11,7 @@ import stat
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -322,6 +323,45 @@ def test_a_run_that_can_only_skip_ends(trainer):  # noqa: F811
     patch = functools.partial(poison, 2, "loss", last=99)
     message = trainer.run("only-skips", "--on-nan skip --steps 40", patch=patch).refusal()
     assert "step 22: " in message and "as in the 20 steps before" in message
+
+
+class Arrived:
+    """In place of a CUDA event."""
+
+    def synchronize(self) -> None:
+        pass
+
+
+def test_on_cuda_flags_are_read_a_step_later_but_before_anything_is_written(monkeypatch):
+    """The order of things, on a CPU: what the copy to the host does is replaced."""
+
+    def send(self: FiniteGuard) -> None:
+        self._travelling = self._step, self._flags.clone(), Arrived()
+
+    monkeypatch.setattr(FiniteGuard, "_send", send)
+    model = torch.nn.Linear(2, 2)
+
+    def guard() -> FiniteGuard:
+        made = FiniteGuard(model, torch.optim.SGD(model.parameters()), types.SimpleNamespace(batch_size=8), ALONE, "stop")
+        made._later = True
+        return made
+
+    def one_step(watching: FiniteGuard, number: int, value: float) -> None:
+        with watching.step(number):
+            for p in model.parameters():
+                p.grad = torch.full_like(p, value)
+            watching.look(torch.tensor(1.0))
+
+    watching = guard()
+    one_step(watching, 0, 1.0)
+    one_step(watching, 1, torch.nan)  # nobody waits for it
+    with pytest.raises(UserError, match="step 1: the gradient of bias is not finite"):
+        one_step(watching, 2, 1.0)
+    for write in (FiniteGuard.settle, FiniteGuard.check_state):
+        watching = guard()
+        one_step(watching, 0, torch.inf)
+        with pytest.raises(UserError, match="step 0: the gradient of bias is not finite"):
+            write(watching)
 
 
 def test_spikes():
