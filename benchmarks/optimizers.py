@@ -307,7 +307,7 @@ INTRO = """\
 Written by `python benchmarks/optimizers.py`. {machine}
 
 All contestants get copies of the same weights and gradients and take turns in every round; × is the median of the rounds'
-ratios. Five iterations each: ours multiply in float32 on a CPU and in bfloat16 on CUDA, most others in bfloat16 everywhere.
+ratios. Five iterations each: ours multiply in float32 on a CPU and in bfloat16 on CUDA, torch's Muon in bfloat16 everywhere.
 MVR-2 and MVR-3 are measured without the two closures, which copy gradients. `state` and `more in the step` (beyond weights,
 gradients and state) are in units of all the parameters. `batched products`: those of the five iterations and nothing else,
 into buffers that stay.

@@ -40,7 +40,7 @@ from optim import Gluon, GluonMVR1, GluonMVR2, GluonMVR3
 SETS = {
     "tiny": (GPTConfig(257, 1, 1, 32, 16), 2, 3),
     "quickstart": (GPTConfig(257, 4, 2, 128, 256), 8, 40),
-    "gpt-6x384": (GPTConfig(257, 6, 6, 384, 512), 4, 12),
+    "gpt-6x384": (GPTConfig(257, 6, 6, 384, 512), 2, 12),
     "gpt-124m": (GPTConfig(), 16, 12),
 }
 OURS = {"Gluon": Gluon, "MVR-1": GluonMVR1, "MVR-2": GluonMVR2, "MVR-3": GluonMVR3}
