@@ -13,7 +13,6 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-
 # What the server that forks the processes of all tests has imported.
 PRELOAD = ["torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "torch._inductor", "train_gpt"]
 

@@ -43,9 +43,9 @@ class FiniteGuard:
 
     def look(self, loss: Tensor) -> None:
         """At the end of a pass: note whether the loss and the gradients in `.grad` are finite."""
-        gradients = [p.grad for p in self._model.parameters() if p.grad is not None]
-        largest = torch._foreach_norm(gradients, torch.inf)  # unlike the 2-norm it can't overflow
-        bad = ~torch.stack([loss.to(largest[0].dtype), *largest]).isfinite()
+        # A sum is not finite where one of its terms is not. (That terms around 1e38 overflow it is as bad.)
+        sums = [p.grad.sum() for p in self._model.parameters()]
+        bad = ~torch.stack([loss.to(sums[0].dtype), *sums]).isfinite()
         # The lowest rank where it is so, as a number that is larger for lower ranks: 0 is nowhere.
         flags = self._ranks.largest(bad.int() * (self._ranks.size - self._ranks.rank))
         self._flags = flags if self._flags is None else torch.maximum(self._flags, flags)
