@@ -11,8 +11,8 @@ package is missing is reported in a line and left out. Then:
 
 1. **Extraction.** HTML, pod, dictionary markup and part-of-speech tags are removed; code blocks, navigation and tables of
    contents go with them. A paragraph stays if it reads like English: at least five words, three quarters letters and blanks.
-   Headings stay where a paragraph follows. A document is an address, an article, a page of a manual, an API, a run of
-   dictionary entries.
+   Headings stay where a paragraph follows. A document is an address, an article, a page of a manual, a part of an
+   API's description, a run of dictionary entries.
 2. **De-duplication,** in the order of the sources, prose first. Two paragraphs are the same if their words are, whatever the
    case, the digits and the punctuation (so "version 1.2" repeats "Version 1.3:"); only the first stays. A document that loses
    more than half of its characters that way, or has fewer than 100 left, goes as a whole: it is a copy with changes.
@@ -58,6 +58,7 @@ CLIENT_SECONDS = 900
 LEAST_WORDS, LEAST_LETTERS = 5, 0.75  # of a paragraph
 LEAST_CHARACTERS, LEAST_KEPT = 100, 0.5  # of a document
 ENTRIES_CHARACTERS = 6000  # of a run of dictionary entries
+API_CHARACTERS = 30_000  # of a part of an API's descriptions
 
 
 class Block(NamedTuple):
@@ -283,6 +284,20 @@ def api_document(value: object, key: str) -> Document:
     return blocks
 
 
+def in_parts(document: Document, characters: int = API_CHARACTERS) -> Iterator[Document]:
+    """A long document in parts of about so many characters, lest one API be a fifth of the validation split."""
+    part: Document = []
+    size = 0
+    for block in document:
+        part.append(block)
+        size += len(block.text)
+        if size >= characters:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part
+
+
 def is_english(text: str) -> bool:
     """Whether a paragraph reads like English prose rather than code, a table or another language's script."""
     words = re.findall(r"\b(?:[A-Za-z][a-z']*|[A-Z]+)\b", text)
@@ -358,14 +373,14 @@ def newest_services(members: Iterable[Member]) -> Iterator[Document]:
         if match := re.search(r"data/([^/]+)/[^/]+/service-2\.json$", name):
             newest[match[1]] = max(newest.get(match[1], ("", b"")), (name, raw))
     for _, (_, raw) in sorted(newest.items()):
-        yield api_document(json.loads(raw), "documentation")
+        yield from in_parts(api_document(json.loads(raw), "documentation"))
 
 
 def discovery(members: Iterable[Member]) -> Iterator[Document]:
     """google-api-python-client: each API's description."""
     for name, raw in members:
         if re.search(r"discovery_cache/documents/[^/]+\.json$", name) and not name.endswith("index.json"):
-            yield api_document(json.loads(raw), "description")
+            yield from in_parts(api_document(json.loads(raw), "description"))
 
 
 @dataclass(frozen=True)

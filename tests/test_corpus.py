@@ -125,6 +125,12 @@ def test_api_descriptions_are_found_at_any_depth():
     assert texts(corpus.api_document(api, "documentation")) == ["One.", "Two", "three"]
 
 
+def test_a_long_document_in_parts():
+    blocks = document(*map(sentence, range(10)))
+    parts = list(corpus.in_parts(blocks, 300))
+    assert [len(part) for part in parts] == [3, 3, 3, 1] and [block for part in parts for block in part] == blocks
+
+
 def test_clean_keeps_english_and_the_headings_above_it():
     blocks = [
         corpus.Block("Gone", True),
