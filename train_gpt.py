@@ -11,6 +11,7 @@ algorithm may skip.
 import os
 import sys
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 from training.config import Config, load_config
@@ -52,6 +53,8 @@ def build_optimizer(model: GPT, config: Config) -> Gluon:
     options = {}
     if config.optimizer in ("mvr1", "mvr2", "mvr3"):
         options["gamma"] = config.gamma
+    if config.optimizer in ("mvr2", "mvr3"):
+        options["correction_fraction"] = 1 / config.correction_every
     if config.optimizer == "mvr2":
         options["inner"] = config.inner or None
     return OPTIMIZERS[config.optimizer](
@@ -107,7 +110,9 @@ def run(config: Config, ranks: Ranks) -> None:
     loader, val_stream = ranks.together(lambda: open_data(config, ranks))
     rows = config.batch_size // ranks.size
     micro = max(m for m in range(1, min(rows, config.micro_batch_size) + 1) if rows % m == 0)
-    accumulation = rows // micro
+    every = config.correction_every
+    if rows % every:
+        raise UserError(f"correction_every = {every} must divide the {rows} sequences of a rank; choose a divisor")
 
     # Model and optimizer: `model` keeps the names, `compiled` is what runs, `net` also reduces gradients over the ranks.
     dtype = config.dtype if config.dtype != "auto" else "bfloat16" if on_cuda else "float32"
@@ -121,11 +126,11 @@ def run(config: Config, ranks: Ranks) -> None:
     # Where to start, and where to write.
     run_dir = Path(config.results_dir) / config.run_name
     source, state = ranks.agree(lambda: find_start(run_dir, config))
-    start, passes, skipped, validated, seconds, metrics_bytes = 0, 0, 0, None, 0.0, 0
+    start, evaluated, skipped, validated, seconds, metrics_bytes = 0, 0, 0, None, 0.0, 0
     if source is not None:
         ranks.together(lambda: checkpoint.load(source, state, model, optimizer))
-        start, passes, skipped, validated, seconds, metrics_bytes = (
-            state[key] for key in ("step", "passes", "skipped", "validated", "seconds", "metrics_bytes")
+        start, evaluated, skipped, validated, seconds, metrics_bytes = (
+            state[key] for key in ("step", "evaluated", "skipped", "validated", "seconds", "metrics_bytes")
         )
     ranks.agree(lambda: prepare_run(run_dir, config, source, state))
     checkpoints = Checkpointer(run_dir, ranks, config.keep_checkpoints, config.keep_every)
@@ -136,11 +141,11 @@ def run(config: Config, ranks: Ranks) -> None:
         forget_requeue(run_dir)
     clock = Clock(seconds)
     progress = Progress(config, ranks, start, model.flops_per_token(config.seq_len))
-    first_pass, first_second = passes, seconds
+    first_evaluated, first_second = evaluated, seconds
     progress.say(
         f"{config.run_name}: {sum(p.numel() for p in model.parameters()):,} parameters, {config.optimizer}, {dtype} on "
         f"{ranks.size} × {torch.cuda.get_device_name(device) if on_cuda else device.type}\n"
-        f"{config.batch_size} sequences of {config.seq_len} tokens a step = {ranks.size} ranks × {accumulation} micro-batches "
+        f"{config.batch_size} sequences of {config.seq_len} tokens a step = {ranks.size} ranks × {rows // micro} micro-batches "
         f"× {micro} sequences; steps {start} to {config.steps}" + (f", from {source}" if source else "")
     )
 
@@ -148,12 +153,12 @@ def run(config: Config, ranks: Ranks) -> None:
         finite.settle(**losses)
         extra = {"skipped": finite.skipped} if finite.skipped else {}
         spike = metrics.write(
-            update=update, tokens=update * config.batch_size * config.seq_len, passes=passes,
+            update=update, tokens=update * config.batch_size * config.seq_len, passes=whole(evaluated / config.batch_size),
             seconds=round(clock.seconds, 3), **losses, **extra,
         )  # fmt: skip
         if spike:
             progress.say(f"update {update}: the loss jumped to {losses['train_loss']:.4f}, {spike:.1f} deviations up")
-        progress.show(update, passes - first_pass, clock.seconds - first_second, **losses)
+        progress.show(update, evaluated - first_evaluated, clock.seconds - first_second, **losses)
 
     def evaluate() -> None:
         nonlocal validated
@@ -166,40 +171,49 @@ def run(config: Config, ranks: Ranks) -> None:
     def save(step: int) -> None:
         finite.check_state()
         position = {
-            "passes": passes, "skipped": finite.skipped, "validated": validated, "seconds": clock.seconds,
+            "evaluated": evaluated, "skipped": finite.skipped, "validated": validated, "seconds": clock.seconds,
             "metrics_bytes": metrics.durable_bytes(), "config": config.to_dict(),
         }  # fmt: skip
         checkpoints.save(step, model, optimizer, position)
+
+    def gradients(inputs: Tensor, targets: Tensor, reduce: bool = True) -> Tensor:
+        """Add these sequences' share of the gradient of the batch's mean loss to `.grad`; return their share of the loss."""
+        nonlocal evaluated
+        evaluated += ranks.size * len(inputs)
+        micro_batches = list(zip(inputs.split(micro), targets.split(micro), strict=True))
+        total = torch.zeros((), device=device)
+        for i, (x, y) in enumerate(micro_batches):
+            last = i == len(micro_batches) - 1
+            with nullcontext() if ranks.size == 1 or (reduce and last) else net.no_sync():
+                with autocast:
+                    loss = net(x, y) * (len(x) / rows)
+                loss.backward()
+            total = total + loss.detach()
+        finite.look(total)
+        return total
 
     clock.start()
     if start == 0:
         evaluate()
     stopped = ""
     for step in range(start, config.steps):
-        inputs, targets = loader.batch(step)
         lr, momentum = schedule(config, step)
         for group in optimizer.param_groups:
             group["lr"], group["momentum"] = lr, momentum
 
-        def gradients(reduce: bool = True, inputs: Tensor = inputs, targets: Tensor = targets) -> Tensor:
-            """Add the gradient of the whole batch's mean loss to `.grad`, and return that loss."""
-            nonlocal passes
-            passes += 1
-            loss = torch.zeros((), device=device)
-            for i, (x, y) in enumerate(zip(inputs.split(micro), targets.split(micro), strict=True)):
-                last = i == accumulation - 1
-                with nullcontext() if ranks.size == 1 or (reduce and last) else net.no_sync():
-                    with autocast:
-                        part = net(x, y) / accumulation
-                    part.backward()
-                loss = loss + part.detach()
-            finite.look(loss)
-            return loss
-
-        # MVR-2's pass at the previous weights adds to the gradient that the second pass reduces: one reduction a step.
+        # One of `every` sequences takes part in the correction, and so in both passes. MVR-2's pass at the previous weights
+        # adds to the gradient that a later pass reduces: one reduction a step.
+        batch = [tokens.unflatten(0, (-1, every)) for tokens in loader.batch(step)]
+        shared = [tokens[:, 0] for tokens in batch]
+        passes = [
+            partial(gradients, *shared, reduce=every == 1),
+            partial(gradients, *shared, reduce=config.optimizer == "mvr3"),
+        ]
+        if every > 1:
+            passes.append(partial(gradients, *(tokens[:, 1:].flatten(0, 1) for tokens in batch)))
         before, loss = optimizer.updates, None
         with finite.step(step):  # with --on-nan skip, a step whose numbers are not finite ends here and leaves no loss
-            loss = optimizer.step(gradients, lambda: gradients(reduce=config.optimizer != "mvr2"))
+            loss = optimizer.step(*passes)
         at = optimizer.updates if config.optimizer == "mvr2" else before
 
         if loss is not None and at % config.log_every == 0:
@@ -226,10 +240,16 @@ def run(config: Config, ranks: Ranks) -> None:
             evaluate()
         finite.check_state()
         ranks.agree(lambda: checkpoint.save_weights(run_dir / "model.safetensors", model))
-        progress.say(f"{config.run_name}: {optimizer.updates} updates, {passes} gradient evaluations, {clock.seconds:.1f} s")
+        count = whole(evaluated / config.batch_size)
+        progress.say(f"{config.run_name}: {optimizer.updates} updates, {count} gradient evaluations, {clock.seconds:.1f} s")
     progress.close()
     ranks.agree(metrics.close)
     loader.close()
+
+
+def whole(number: float) -> int | float:
+    """3.0 as 3, for those who read the metrics; 2.5 as it is."""
+    return int(number) if number.is_integer() else number
 
 
 def open_data(config: Config, ranks: Ranks) -> tuple[BatchLoader, TokenStream]:

@@ -209,7 +209,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(training.checkpoint, "_write_tensors", lambda *a: (time.sleep(0.5), write(*a))[1])
     checkpointer = training.checkpoint.Checkpointer(tmp_path, ALONE, keep=2)
     before = model.weight.detach().clone()
-    position = {"passes": 1, "skipped": 0, "validated": 0, "seconds": 0.0, "metrics_bytes": 0, "config": {}}
+    position = {"evaluated": 1, "skipped": 0, "validated": 0, "seconds": 0.0, "metrics_bytes": 0, "config": {}}
     started = time.monotonic()
     checkpointer.save(1, model, optimizer, position)
     assert time.monotonic() - started < 0.4

@@ -123,6 +123,18 @@ def test_ranks_see_the_same_tokens_and_losses(uninterrupted, variant, ranks):
     assert_close(uninterrupted(variant, ranks), uninterrupted(variant), 1e-9)
 
 
+@pytest.mark.parametrize("variant, passes", [("mvr2", 1 + 6 * 1.5), ("mvr3", 7 * 1.5)])
+def test_a_correction_from_every_other_sequence(uninterrupted, variant, passes):
+    """It costs half a gradient evaluation a step, and is the same on every number of ranks."""
+    one, two, four = (uninterrupted(variant, ranks, "--correction-every 2") for ranks in (1, 2, 4))
+    assert one.metrics[-1]["passes"] == passes
+    assert_close(one, two, 1e-9)
+    assert_close(one, four, 1e-9)
+    full = uninterrupted(variant)
+    assert one.metrics[-1]["val_loss"] != full.metrics[-1]["val_loss"]
+    assert abs(one.metrics[-1]["val_loss"] - full.metrics[-1]["val_loss"]) < 0.1
+
+
 def test_ranks_agree_to_rounding_in_float32(uninterrupted):
     one, two = (uninterrupted("mvr2", ranks, "--dtype float32") for ranks in (1, 2))
     assert_close(one, two, 1e-4)

@@ -32,7 +32,7 @@ from training.files import atomic_file, sync_directory
 from training.ranks import Ranks
 
 _WAIT_SECONDS = 600.0
-_POSITION = ("step", "passes", "skipped", "validated", "metrics_bytes")
+_POSITION = ("step", "evaluated", "skipped", "validated", "metrics_bytes")
 _NAME = re.compile(r"step_(\d{7,})")
 
 

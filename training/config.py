@@ -61,6 +61,7 @@ class Config:
     momentum: float = option(0.9, "weight of the past in the momentum (beta)", least=0, below=1)
     gamma: float = option(0.1, "scale of the variance reduction's correction", least=0)
     inner: float = option(0.0, "mvr2 only: weight of the new gradient in the nested form, 0 is off", least=0, most=1)
+    correction_every: int = option(1, "mvr2, mvr3: of so many sequences one is evaluated twice", least=1)
     weight_decay: float = option(0.0, "decoupled; 1 keeps the weights in the ball of the radius", least=0)
     block_norm: str = option("spectral", "norm of the blocks", choices=NORMS)
     block_radius: float = option(50.0, "radius of the blocks' matrices", above=0)
@@ -107,6 +108,11 @@ class Config:
             )
         if self.inner and self.optimizer != "mvr2":
             raise _mistake(f"inner = {self.inner} needs optimizer = mvr2, not {self.optimizer}; or set inner to 0")
+        if self.correction_every > 1 and self.optimizer not in ("mvr2", "mvr3"):
+            raise _mistake(
+                f"correction_every = {self.correction_every} needs optimizer = mvr2 or mvr3, not {self.optimizer}; "
+                "or set correction_every to 1"
+            )
         if self.text and self.vocab_size < 257:
             raise _mistake(
                 f"text = {self.text} needs vocab_size = 257 (256 bytes and the end of a document) or more, "

@@ -160,7 +160,6 @@ class Progress:
 
     def __init__(self, config: Config, ranks: Ranks, start: int, flops_per_token: int) -> None:
         self._config, self._first, self._start = config, ranks.first, start
-        self._tokens = config.batch_size * config.seq_len
         self._flops = flops_per_token
         name = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else ""
         self._peak = ranks.size * next((flops for key, flops in PEAK_FLOPS.items() if key in name), 0.0)
@@ -174,13 +173,13 @@ class Progress:
         """One more step is done."""
         self._bar.update()
 
-    def show(self, update: int, passes: float, seconds: float, **losses: float) -> None:
-        """Show losses; `passes` gradient evaluations took `seconds`, since this process started."""
+    def show(self, update: int, evaluated: int, seconds: float, **losses: float) -> None:
+        """Show losses; evaluating the gradient of `evaluated` sequences took `seconds`, since this process started."""
         if not self._first:
             return
         self._shown |= {name: f"{loss:.4f}" for name, loss in losses.items()}
-        if passes:
-            speed = passes * self._tokens / seconds
+        if evaluated:
+            speed = evaluated * self._config.seq_len / seconds
             self._shown["tokens/s"] = f"{speed:,.0f}"
             if self._peak:
                 self._shown["MFU"] = f"{speed * self._flops / self._peak:.1%}"
