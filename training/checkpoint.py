@@ -7,7 +7,8 @@
 
 Ranks write their files into a hidden folder and tell rank 0 the checksums; when it has all, it writes state.json and renames
 the folder, so a checkpoint is whole or not there. They tell it through the store that they met at and not by collectives, so
-that writing can go on in a thread while training does. Any world size can load it.
+that writing can go on in a thread while training does. Any world size can load it, and so can a model that FSDP2 shards (whose
+own checkpoints hold whole tensors, from rank 0).
 """
 
 import hashlib
@@ -25,6 +26,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from training.errors import UserError, say
@@ -58,11 +60,13 @@ class Checkpointer:
         self.wait()
         names = {p: name for name, p in model.named_parameters()}
         params = [p for group in optimizer.param_groups for p in group["params"]]
-        weights = {name: _copy(value) for name, value in model.state_dict().items()} if self._ranks.first else None
+        copied = _copies(model.state_dict(), self._ranks.first)
+        weights = copied if self._ranks.first else None
         buffers, scalars = {}, {}
         for p in params:
             state = optimizer.state[p]
-            buffers |= {f"{names[p]}/{key}": _copy(value) for key, value in state.items() if isinstance(value, Tensor)}
+            tensors = {f"{names[p]}/{key}": value for key, value in state.items() if isinstance(value, Tensor)}
+            buffers |= _copies(tensors, self._ranks.first or not isinstance(p, DTensor))
             scalars[names[p]] = {key: value for key, value in state.items() if not isinstance(value, Tensor)}
         groups = [
             {**{k: v for k, v in group.items() if k != "params"}, "params": [names[p] for p in group["params"]]}
@@ -200,7 +204,8 @@ def load(checkpoint: Path, state: dict[str, Any], model: nn.Module, optimizer: O
     The optimizer's options stay those that it was built with; what it counts and what is pending come from the checkpoint.
     """
     try:
-        model.load_state_dict(load_file(checkpoint / "model.safetensors"))
+        weights, own = load_file(checkpoint / "model.safetensors"), model.state_dict()
+        model.load_state_dict({name: _shard_like(value, own.get(name)) for name, value in weights.items()})
     except (RuntimeError, SafetensorError) as error:
         raise UserError(f"{checkpoint} is of another model: {str(error).splitlines()[-1].strip()}") from None
     names = {p: name for name, p in model.named_parameters()}
@@ -243,13 +248,26 @@ def save_weights(path: Path, model: nn.Module) -> None:
     """Write the weights alone, atomically."""
     try:
         with atomic_file(path) as file:
-            file.write(save({name: _copy(value) for name, value in model.state_dict().items()}))
+            file.write(save(_copies(model.state_dict(), keep=True)))
     except OSError as error:
         raise UserError(f"{path} can't be written ({error.strerror}); --resume auto tries again") from None
 
 
-def _copy(value: Tensor) -> Tensor:
-    return value.detach().to("cpu", copy=True).contiguous()
+def _copies(tensors: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    """Copies on the host for the ranks that keep them; of DTensors the whole, for which every rank must call."""
+    copies = {}
+    for name, value in tensors.items():
+        whole = value.full_tensor() if isinstance(value, DTensor) else value
+        if keep:
+            copies[name] = whole.detach().to("cpu", copy=True).contiguous()
+    return copies
+
+
+def _shard_like(value: Tensor, own: Tensor | None) -> Tensor:
+    """This rank's share of a whole tensor, where its own is a DTensor."""
+    if not isinstance(own, DTensor):
+        return value
+    return distribute_tensor(value.to(own.device), own.device_mesh, own.placements)
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
