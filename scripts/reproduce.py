@@ -384,10 +384,10 @@ def draw(plan: Plan, speed: Speed | None, out: Path) -> None:
 
     with plt.rc_context(look):
         page, panels = plt.subplots(
-            2, len(labels), figsize=(4.4 * len(labels), 6.6), sharex="col", sharey="row", squeeze=False,
+            2, len(labels), figsize=(4.4 * len(labels), 6.6), sharex="col", squeeze=False,
             height_ratios=(1.7, 1), layout="constrained",
         )  # fmt: skip
-        tops, lows, differences = [], [], []
+        tops, lows, differences = [], [], [[] for _ in labels]
         for i, series in enumerate(plan.series):
             if not (own := curves[series.key]):
                 continue
@@ -419,7 +419,8 @@ def draw(plan: Plan, speed: Speed | None, out: Path) -> None:
                     if update and all(other <= base[seed].updates[-1] for seed in pairs):
                         gap = interval([own[seed].at(update) - base[seed].at(other) for seed in pairs])
                         points.append((x[j], gap))
-                        differences += [gap.mean] if update >= plan.steps / 5 and math.isfinite(gap.mean) else []
+                        ends = [end for end in (gap.low, gap.mean, gap.high) if math.isfinite(end)]
+                        differences[axis] += ends if update >= plan.steps / 5 else []
                 places = [place for place, _ in points]
                 panels[1][axis].plot(places, [gap.mean for _, gap in points], style, color=colour, linewidth=1.5)
                 if len(pairs) > 1:
@@ -433,13 +434,13 @@ def draw(plan: Plan, speed: Speed | None, out: Path) -> None:
                 panels[row][axis].tick_params(length=0)
         panels[0][0].set_ylabel("Validation loss")
         panels[1][0].set_ylabel("Minus Gluon (95%)")
-        if lows:
-            low, high = min(lows), max(tops)
-            panels[0][0].set_ylim(low - 0.06 * (high - low), min(high, low + 1.2 * (high - low)) + 0.06 * (high - low))
-        if differences:
-            low, high = min(0.0, *differences), max(0.0, *differences)
-            margin = 0.35 * (high - low) or 0.1
-            panels[1][0].set_ylim(low - margin, high + margin)
+        for axis in range(len(labels)):
+            if lows:
+                low, high = min(lows), max(tops)
+                panels[0][axis].set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low))
+            low, high = min(0.0, *differences[axis], 0.0), max(0.0, *differences[axis], 0.0)
+            margin = 0.3 * (high - low) or 0.1
+            panels[1][axis].set_ylim(low - margin, high + margin)
         seeds = sorted({len(own) for own in curves.values() if own})
         many = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
         page.suptitle(f"{plan.figure.title} ({plan.scale}, mean of {many} seeds)", fontsize=13, fontweight="bold")
