@@ -438,7 +438,7 @@ def draw(plan: Plan, speed: Speed | None, out: Path) -> None:
             if lows:
                 low, high = min(lows), max(tops)
                 panels[0][axis].set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low))
-            low, high = min(0.0, *differences[axis], 0.0), max(0.0, *differences[axis], 0.0)
+            low, high = min([0.0, *differences[axis]]), max([0.0, *differences[axis]])
             margin = 0.3 * (high - low) or 0.1
             panels[1][axis].set_ylim(low - margin, high + margin)
         seeds = sorted({len(own) for own in curves.values() if own})

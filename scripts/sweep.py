@@ -99,7 +99,11 @@ def report(folder: Path, batches: dict[int, int]) -> None:
     (folder / "table.md").write_text(table(rows))
     readme = folder.parent / "README.md"
     if readme.exists():
-        readme.write_text(replace_section(readme.read_text(), "sweep", best_table(best)))
+        readme.write_text(
+            replace_section(
+                readme.read_text(), "sweep", best_table(best) + "\nAt the same lr and β, one seed:\n\n" + same_settings(rows)
+            )
+        )
 
 
 def best_table(best: dict[str, dict[str, dict]]) -> str:
@@ -140,6 +144,25 @@ def table(rows: list[dict]) -> str:
     spent = sum(gradient_evaluations(row["method"], row["updates"]) for row in rows)
     updates = sum(row["updates"] for row in rows)
     lines += ["", f"{len(rows)} trials, {updates:,} updates, {spent:,.0f} gradient evaluations; {diverged} diverged."]
+    return "\n".join(lines) + "\n\n## At the same lr and β\n\n" + same_settings(rows)
+
+
+def same_settings(rows: list[dict]) -> str:
+    """Each method's loss minus Gluon's at the same lr and β (one seed), where both were tried, as Markdown."""
+    found = {(row["batch"], row["lr"], row["momentum"], row["method"]): row for row in rows if row["val_loss"] is not None}
+    others = [method for method in TITLES if method != "gluon"]
+    lines = ["| sequences a step | lr | β | Gluon | " + " | ".join(f"{TITLES[m]}, minus Gluon" for m in others) + " |"]
+    lines.append("|" + "---|" * (4 + len(others)))
+    for (batch, lr, beta, method), row in sorted(found.items()):
+        if method != "gluon":
+            continue
+        cells = []
+        for other in others:
+            there = found.get((batch, lr, beta, other))
+            scale = "" if there is None else f"q {there['q']:g}" if other == "nested" else f"γ {there['gamma']:g}"
+            cells.append("" if there is None else f"{there['val_loss'] - row['val_loss']:+.3f} ({scale})")
+        if any(cells):
+            lines.append(f"| {batch} | {lr:g} | {beta:g} | {row['val_loss']:.4f} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
