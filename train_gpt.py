@@ -34,7 +34,7 @@ from training.checkpoint import Checkpointer
 from training.finite import FiniteGuard
 from training.metrics import Clock, Metrics, Progress
 from training.ranks import Ranks, StopSignal
-from training.run_folder import ask_for_requeue, find_start, forget_requeue, prepare_run
+from training.run_folder import ask_for_requeue, find_start, forget_requeue, hold, lock_of, prepare_run
 
 OPTIMIZERS = {"gluon": Gluon, "mvr1": GluonMVR1, "mvr2": GluonMVR2, "mvr3": GluonMVR3, "adamw": Gluon}
 
@@ -125,6 +125,7 @@ def run(config: Config, ranks: Ranks) -> None:
 
     # Where to start, and where to write.
     run_dir = Path(config.results_dir) / config.run_name
+    lock = lock_of(run_dir)
     source, state = ranks.agree(lambda: find_start(run_dir, config))
     start, evaluated, skipped, validated, seconds, metrics_bytes = 0, 0, 0, None, 0.0, 0
     if source is not None:
@@ -132,6 +133,7 @@ def run(config: Config, ranks: Ranks) -> None:
         start, evaluated, skipped, validated, seconds, metrics_bytes = (
             state[key] for key in ("step", "evaluated", "skipped", "validated", "seconds", "metrics_bytes")
         )
+    ranks.agree(lambda: hold(lock, run_dir))
     ranks.agree(lambda: prepare_run(run_dir, config, source, state))
     checkpoints = Checkpointer(run_dir, ranks, config.keep_checkpoints, config.keep_every)
     metrics = Metrics(run_dir, config, ranks, metrics_bytes)

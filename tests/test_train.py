@@ -15,6 +15,7 @@ import training.run_folder
 from data.loader import BatchLoader, TokenStream
 from model import GPT, GPTConfig
 from training.checkpoint import list_checkpoints
+from training.run_folder import lock_of
 
 VARIANTS = {
     "gluon": "--optimizer gluon --weight-decay 0.3",
@@ -205,6 +206,15 @@ def test_an_existing_run_is_never_overwritten(trainer):  # noqa: F811
     (first.folder / "notes.txt").write_text("mine")
     assert trainer.run("kept", "--steps 2 --seed 5 --overwrite").ok().metrics[0] != first.metrics
     assert (first.folder / "notes.txt").read_text() == "mine"
+
+
+def test_a_run_is_written_by_one_process_at_a_time(trainer):  # noqa: F811
+    trainer.results.mkdir(exist_ok=True)
+    with lock_of(trainer.results / "shared"):
+        for options in ("", "--resume auto", "--overwrite"):
+            assert "is being written by another process" in trainer.run("shared", options).refusal()
+        assert not (trainer.results / "shared").exists()
+    trainer.run("shared", "--steps 2").ok()
 
 
 def test_overwrite_spares_a_folder_that_is_no_run(trainer):  # noqa: F811

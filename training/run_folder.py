@@ -1,5 +1,6 @@
 """The folder of a run: made once, never overwritten by accident; what ran there, and where to go on from."""
 
+import errno
 import json
 import os
 import platform
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from training.checkpoint import has_checkpoints, newest_state, read_state
 from training.config import Config
@@ -57,6 +59,24 @@ def prepare_run(run_dir: Path, config: Config, source: Path | None, state: dict[
         if content is not None:  # the curve up to the checkpoint of the other run
             (run_dir / "metrics.jsonl").write_bytes(content)
         _describe(run_dir, config, state["step"] if state else 0)
+    except OSError as error:
+        raise _unwritable(run_dir, error) from None
+
+
+def lock_of(run_dir: Path) -> FileLock:
+    """The lock of a run's folder, not yet held. The system lets go of it when the process ends, however that is."""
+    return FileLock(run_dir.parent / f".{run_dir.name}.lock")
+
+
+def hold(lock: FileLock, run_dir: Path) -> None:
+    """Keep other processes from writing this run. Raises UserError where one does."""
+    try:
+        run_dir.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"{run_dir} is being written by another process; wait for it, or choose another --run-name") from None
+    except FileExistsError as error:  # results_dir is a file
+        raise _unwritable(run_dir, NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), error.filename)) from None
     except OSError as error:
         raise _unwritable(run_dir, error) from None
 
