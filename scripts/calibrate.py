@@ -7,11 +7,13 @@ Medians of processor time, which other work on the machine disturbs less than it
 """
 
 import argparse
+import copy
 import json
 import platform
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -37,29 +39,35 @@ def calibrate(batch: int, methods: tuple[str, ...], repeats: int) -> dict:
         model(tokens[:, :-1], tokens[:, 1:]).backward()
         times.append(time.process_time() - start)
     made = [parameter.grad.clone() for parameter in model.parameters()]
-    update = {}
+    models = {method: copy.deepcopy(model) for method in methods}
+    optimizers = {method: _optimizer(method, models[method]) for method in methods}
+    steps: dict[str, list[float]] = {method: [] for method in methods}
+    inside = 0.0
+
+    def closure(parameters: list[torch.nn.Parameter]) -> torch.Tensor:
+        nonlocal inside
+        start = time.process_time()
+        for parameter, gradient in zip(parameters, made, strict=True):
+            parameter.grad = gradient.clone() if parameter.grad is None else parameter.grad.add_(gradient)
+        inside += time.process_time() - start
+        return torch.zeros(())
+
     for method in methods:
-        model.zero_grad()
-        words = [f"--{name}={value}" for name, value in options_of(method).items()]
-        words += ["--inner=0.5"] if method == "nested" else []
-        optimizer = build_optimizer(model, load_config(["--config", str(ROOT / CONFIG), *words]))
-        inside = 0.0
-
-        def closure() -> torch.Tensor:
-            nonlocal inside
-            start = time.process_time()
-            for parameter, gradient in zip(model.parameters(), made, strict=True):
-                parameter.grad = gradient.clone() if parameter.grad is None else parameter.grad.add_(gradient)
-            inside += time.process_time() - start
-            return torch.zeros(())
-
-        steps = []
-        for _ in range(repeats):
+        models[method].zero_grad()
+    for _ in range(repeats):  # in turn, so that what else the machine does falls on all alike
+        for method in methods:
+            parameters = list(models[method].parameters())
             inside, start = 0.0, time.process_time()
-            optimizer.step(closure)
-            steps.append(time.process_time() - start - inside)
-        update[method] = statistics.median(steps[2:])
+            optimizers[method].step(partial(closure, parameters))
+            steps[method].append(time.process_time() - start - inside)
+    update = {method: statistics.median(values[2:]) for method, values in steps.items()}
     return {"gradient": statistics.median(times[2:]), "update": update}
+
+
+def _optimizer(method: str, model: GPT) -> torch.optim.Optimizer:
+    words = [f"--{name}={value}" for name, value in options_of(method).items()]
+    words += ["--inner=0.5"] if method == "nested" else []
+    return build_optimizer(model, load_config(["--config", str(ROOT / CONFIG), *words]))
 
 
 def main(argv: list[str]) -> None:
