@@ -403,7 +403,7 @@ def draw(plan: Plan, speed: Speed | None, out: Path) -> None:
             lows += shown
             tops += shown[:1]
             at = [loss for update, loss in zip(updates, losses, strict=True) if update == plan.steps]
-            end = f" {at[0]:.3f}" if at else ""
+            end = f": {at[0]:.3f}" if at else ""
             for axis in range(len(labels)):
                 x = [costs(series.method, update)[axis] for update in updates]
                 keep = [j for j, update in enumerate(updates) if axis or update <= plan.steps]
