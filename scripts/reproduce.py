@@ -282,7 +282,7 @@ def read_speed(plan: Plan, calibration: Path) -> Speed | None:
     each: dict[str, list[float]] = {}
     for (key, _), job in plan.jobs.items():
         method = next(series.method for series in plan.series if series.key == key)
-        if lines := [record for record in records(job.folder) if record["update"]]:
+        if lines := [record for record in records(job.folder / "metrics.jsonl") if record["update"]]:
             each.setdefault(method, []).append(lines[-1]["seconds"] / lines[-1]["update"])
     return Speed(0.0, {method: statistics.fmean(values) for method, values in each.items()}) if "gluon" in each else None
 

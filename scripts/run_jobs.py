@@ -70,14 +70,15 @@ def _relative(path: Path) -> str:
 
 
 def validations(folder: Path) -> dict[int, float]:
-    """Update and validation loss of a run so far; a last line that was cut short is left out."""
-    return {record["update"]: record["val_loss"] for record in records(folder) if "val_loss" in record}
+    """Update and validation loss of a run so far, those from before an extension too."""
+    lines = records(folder / "before.jsonl") + records(folder / "metrics.jsonl")
+    return {record["update"]: record["val_loss"] for record in lines if "val_loss" in record}
 
 
-def records(folder: Path) -> list[dict[str, float]]:
-    """The lines of a run's metrics.jsonl."""
+def records(path: Path) -> list[dict[str, float]]:
+    """The lines of a metrics.jsonl; a last line that was cut short is left out."""
     try:
-        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        lines = path.read_text().splitlines()
     except OSError:
         return []
     found = []
@@ -86,8 +87,15 @@ def records(folder: Path) -> list[dict[str, float]]:
             found.append(json.loads(line))
         except ValueError:
             if number < len(lines):
-                raise UserError(f"{folder}/metrics.jsonl, line {number} is not JSON; the file is damaged") from None
+                raise UserError(f"{path}, line {number} is not JSON; the file is damaged") from None
     return found
+
+
+def _keep_validations(folder: Path) -> None:
+    """Write down the validations: a run that goes on from its end loses the one at that update."""
+    if found := validations(folder):
+        lines = [json.dumps({"update": update, "val_loss": loss}) for update, loss in sorted(found.items())]
+        (folder / "before.jsonl").write_text("\n".join(lines) + "\n")
 
 
 def run_all(jobs: list[Job], at_once: int) -> None:
@@ -106,6 +114,7 @@ def run_all(jobs: list[Job], at_once: int) -> None:
         if failed.is_set():
             return
         started = time.monotonic()
+        _keep_validations(job.folder)
         process = subprocess.Popen(
             job.command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=_environment()
         )

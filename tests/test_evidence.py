@@ -9,7 +9,7 @@ import pytest
 from data.shards import write_shard
 from model import GPT, GPTConfig
 from scripts import reproduce, sweep
-from scripts.run_jobs import Job, _diverged, validations
+from scripts.run_jobs import Job, _diverged, _keep_validations, validations
 from scripts.statistics_of_runs import (
     Curve,
     Speed,
@@ -169,6 +169,9 @@ def test_states_of_a_run(tmp_path):
     assert validations(job.folder) == {0: 1.0, 2: 3.0}
     (job.folder / "metrics.jsonl").write_text("\n".join([*lines, json.dumps({"update": 4, "val_loss": 0.5})]))
     assert job.state() == "done"
+    _keep_validations(job.folder)  # then it is extended to 6, and the validation at 4 is not in metrics.jsonl any more
+    (job.folder / "metrics.jsonl").write_text("\n".join([*lines, json.dumps({"update": 6, "val_loss": 0.25})]))
+    assert sorted(validations(job.folder).items()) == [(0, 1.0), (2, 3.0), (4, 0.5), (6, 0.25)]
     (job.folder / "diverged.txt").write_text("loss is nan\n")
     assert job.state() == "diverged"
 
