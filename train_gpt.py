@@ -194,9 +194,12 @@ def run(config: Config, ranks: Ranks) -> None:
         finite.look(total)
         return total
 
+    def evaluate_where_due() -> None:
+        if optimizer.updates % config.val_every == 0 and validated != optimizer.updates < config.steps:
+            evaluate()
+
     clock.start()
-    if start == 0:
-        evaluate()
+    evaluate_where_due()  # at the start, and where a finished run is extended: its last weights are now on the way
     stopped = ""
     for step in range(start, config.steps):
         lr, momentum = schedule(config, step)
@@ -220,8 +223,7 @@ def run(config: Config, ranks: Ranks) -> None:
 
         if loss is not None and at % config.log_every == 0:
             record(at, train_loss=ranks.mean(loss).item())
-        if optimizer.updates % config.val_every == 0 and validated != optimizer.updates < config.steps:
-            evaluate()
+        evaluate_where_due()
         progress.step()
         stopped = stop.agreed()
         if stopped or step + 1 == config.steps or (config.checkpoint_every and (step + 1) % config.checkpoint_every == 0):

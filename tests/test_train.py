@@ -155,16 +155,16 @@ def test_a_checkpoint_of_two_ranks_goes_on_with_one_and_with_four(uninterrupted,
 # ---- going on
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks, steps", [(1, 3), (1, 4), (2, 4)])  # a longer run validates at 3, and not at 4
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_finished_run_goes_on_exactly(uninterrupted, trainer, variant, ranks):  # noqa: F811
-    name = f"{variant}-extended-{ranks}"
-    trainer.run(name, f"{VARIANTS[variant]} --steps 4 --resume auto", ranks=ranks).ok()
+def test_a_finished_run_goes_on_exactly(uninterrupted, trainer, variant, ranks, steps):  # noqa: F811
+    name = f"{variant}-extended-{ranks}-{steps}"
+    trainer.run(name, f"{VARIANTS[variant]} --steps {steps} --resume auto", ranks=ranks).ok()
     extended = trainer.run(name, f"{VARIANTS[variant]} --resume auto", ranks=ranks).ok()
-    assert "steps 4 to 7" in extended.out
+    assert f"steps {steps} to 7" in extended.out
     extended.same_as(uninterrupted(variant, ranks))
     launches = json.loads((extended.folder / "environment.json").read_text())
-    assert [launch["step"] for launch in launches] == [0, 4]
+    assert [launch["step"] for launch in launches] == [0, steps]
 
 
 def test_a_finished_run_started_again_stays_the_same(uninterrupted, trainer):  # noqa: F811
