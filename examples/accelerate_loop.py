@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from functools import partial
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from task import MICRO, ROWS, STEPS, Net, batch, build, finish
 from torch import Tensor
 
@@ -55,3 +55,5 @@ def train(variant: str) -> tuple[list[float], list[Tensor]]:
 
 if __name__ == "__main__":
     finish({variant: train(variant) for variant in ("mvr2", "mvr3")})
+    PartialState().wait_for_everyone()
+    PartialState().destroy_process_group()

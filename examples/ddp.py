@@ -59,4 +59,5 @@ if __name__ == "__main__":
     if dist.get_rank() == 0:
         finish({variant: (losses, weights) for variant, (losses, weights, _) in results.items()})
         print("reductions in", STEPS, "steps:", {variant: reductions for variant, (*_, reductions) in results.items()})
+    dist.barrier()  # gloo's threads must not outlive the other rank's connections
     dist.destroy_process_group()

@@ -174,6 +174,7 @@ class Ranks:
     def close(self) -> None:
         """Leave the process group."""
         if dist.is_initialized():
+            dist.barrier(group=self.host)  # gloo's threads must not outlive another rank's connections
             dist.destroy_process_group()
 
 
