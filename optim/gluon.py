@@ -355,9 +355,11 @@ class Gluon(Optimizer):
 
     def _check_layout(self) -> None:
         """Once: ranks that share the work must hold the same parameters, or they would wait for each other forever."""
+        if self._layout_checked or self._ranks is None:
+            return
         shapes = [(tuple(p.shape), str(p.dtype)) for g in self.param_groups for p in g["params"]
                   if not isinstance(p, DTensor)]  # fmt: skip
-        if self._layout_checked or self._ranks is None or not shapes:
+        if not shapes:
             return
         layouts: list[object] = [None] * self._ranks.size()
         dist.all_gather_object(layouts, shapes, group=self._ranks)
