@@ -63,16 +63,21 @@ def build_optimizer(model: GPT, config: Config) -> Gluon:
     )  # fmt: skip
 
 
-def schedule(config: Config, step: int) -> tuple[float, float]:
-    """(lr, momentum) of a step. The theory's are those of the papers' decreasing step sizes, without warm-up."""
+def schedule(config: Config, step: int) -> dict[str, float]:
+    """lr, momentum and gamma of a step. The theory's are those of the papers' decreasing step sizes, without warm-up."""
     if config.schedule == "theory":
-        if config.optimizer in ("gluon", "adamw"):
-            return config.lr * (step + 1) ** -0.75, 1 - (step + 1) ** -0.5
-        return config.lr * (step + 1) ** (-2 / 3), 1 - (step + 1) ** (-2 / 3)
-    lr = config.lr * min(1.0, (step + 1) / (config.warmup_steps + 1))
+        power, weight = (-3 / 4, -1 / 2) if config.optimizer in ("gluon", "adamw") else (-2 / 3, -2 / 3)
+        return {"lr": config.lr * (step + 1) ** power, "momentum": 1 - (step + 1) ** weight, "gamma": config.gamma}
+    rise = min(1.0, (step + 1) / (config.warmup_steps + 1))
+    fall = 1.0
     if config.schedule == "linear" and config.warmdown_steps:
-        lr = min(lr, config.lr * (config.steps - step) / min(config.warmdown_steps, config.steps))
-    return lr, config.momentum
+        fall = min(1.0, (config.steps - step) / min(config.warmdown_steps, config.steps))
+
+    def follow(start: float, end: float) -> float:
+        return start if end < 0 else start + (end - start) * (1 - fall)
+
+    momentum, gamma = follow(config.momentum, config.momentum_end), follow(config.gamma, config.gamma_end)
+    return {"lr": config.lr * min(rise, fall), "momentum": momentum, "gamma": gamma}
 
 
 @torch.no_grad()
@@ -202,9 +207,8 @@ def run(config: Config, ranks: Ranks) -> None:
     evaluate_where_due()  # at the start, and where a finished run is extended: its last weights are now on the way
     stopped = ""
     for step in range(start, config.steps):
-        lr, momentum = schedule(config, step)
         for group in optimizer.param_groups:
-            group["lr"], group["momentum"] = lr, momentum
+            group.update((name, value) for name, value in schedule(config, step).items() if name in group)
 
         # One of `every` sequences takes part in the correction, and so in both passes. MVR-2's pass at the previous weights
         # adds to the gradient that a later pass reduces: one reduction a step.

@@ -193,9 +193,8 @@ def run(config: Config, every: int, reference: int, out: Path) -> list[dict[str,
     with out.open("w") as file:
         for step in range(config.steps):
             batch = loader.batch(step)
-            lr, beta = schedule(config, step)
             for group in optimizer.param_groups:
-                group["lr"], group["momentum"] = lr, beta
+                group.update((name, value) for name, value in schedule(config, step).items() if name in group)
             momentum = None
             if step and step % every == 0:  # M_{k-1}, before the step of ξ_k changes it
                 again = evaluation.closure(*previous)

@@ -77,6 +77,8 @@ class Config:
     schedule: str = option("constant", "course of the lr", choices=("constant", "linear", "theory"))
     warmup_steps: int = option(0, "first updates, in which the lr rises from 0", least=0)
     warmdown_steps: int = option(1450, "linear only: last updates, in which the lr falls to 0", least=0)
+    momentum_end: float = option(-1.0, "linear only: where momentum goes in proportion as the lr falls; -1: stays", most=1)
+    gamma_end: float = option(-1.0, "linear only: where gamma goes in proportion as the lr falls; -1: stays")
 
     val_every: int = option(125, "updates between validations", least=1, group="evaluation")
     val_tokens: int = option(10485760, "tokens of a validation", least=1)
@@ -113,6 +115,14 @@ class Config:
                 f"correction_every = {self.correction_every} needs optimizer = mvr2 or mvr3, not {self.optimizer}; "
                 "or set correction_every to 1"
             )
+        for name in ("momentum_end", "gamma_end"):
+            end = getattr(self, name)
+            if end != -1 and end < 0:
+                raise _mistake(f"{name} must be at least 0, or -1 where {name.removesuffix('_end')} stays, not {end}")
+            if end != -1 and self.schedule != "linear":
+                raise _mistake(f"{name} = {end} needs schedule = linear, not {self.schedule}; or set {name} to -1")
+        if self.gamma_end != -1 and (self.optimizer not in ("mvr1", "mvr2", "mvr3") or self.inner):
+            raise _mistake(f"gamma_end = {self.gamma_end} needs an optimizer that uses gamma; set it to -1")
         if self.text and self.vocab_size < 257:
             raise _mistake(
                 f"text = {self.text} needs vocab_size = 257 (256 bytes and the end of a document) or more, "
