@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from training.errors import UserError
+from training.errors import UserError, one_line_errors
 
 AXES = {"update": "Updates", "passes": "Gradient evaluations", "seconds": "Seconds"}
 # Okabe and Ito's colours, told apart by colour-blind readers too (without yellow, which is too pale for a line).
@@ -203,8 +203,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with one_line_errors("plot"):
         main(sys.argv[1:])
-    except UserError as error:
-        print(f"plot.py: {error}", file=sys.stderr)
-        sys.exit(2)

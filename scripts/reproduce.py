@@ -50,7 +50,7 @@ from scripts.statistics_of_runs import (
 )
 from scripts.sweep import CONFIG, options_of
 from training.config import Config, load_config
-from training.errors import UserError
+from training.errors import UserError, one_line_errors
 
 MINI_STEPS = {8: 200, 2: 400}
 MINI_VAL_EVERY = {8: 10, 2: 20}
@@ -540,11 +540,5 @@ def _need_gpu() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with one_line_errors("reproduce", interrupted="stopped; the same command goes on from here"):
         main(sys.argv[1:])
-    except UserError as error:
-        print(f"reproduce.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)

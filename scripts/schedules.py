@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from scripts.plot import COLOURS, GRID, INK
 from scripts.run_jobs import ROOT, Job, final_loss, records, run_all
 from scripts.statistics_of_runs import Interval, interval, paired, replace_section
-from training.errors import UserError
+from training.errors import UserError, one_line_errors
 
 CONFIG = "configs/quickstart_gluon.py"
 TUNING_SEED = 1000
@@ -360,11 +360,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with one_line_errors("schedules", interrupted="stopped; the same command goes on from here"):
         main(sys.argv[1:])
-    except UserError as error:
-        print(f"schedules.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)

@@ -23,7 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from scripts.run_jobs import ROOT, Job, final_loss, run_all
 from scripts.statistics_of_runs import Trial, first_stage, gradient_evaluations, replace_section, second_stage, third_stage
-from training.errors import UserError
+from training.errors import UserError, one_line_errors
 
 TITLES = {"gluon": "Gluon", "mvr1": "MVR-1", "mvr2": "MVR-2", "mvr3": "MVR-3", "nested": "nested MVR-2"}
 LRS = (7e-4, 1.4e-3, 2.8e-3)
@@ -195,11 +195,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with one_line_errors("sweep", interrupted="stopped; the same command goes on from here"):
         main(sys.argv[1:])
-    except UserError as error:
-        print(f"sweep.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)

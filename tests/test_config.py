@@ -121,6 +121,8 @@ def test_an_override_mends_a_wrong_value_of_the_file(config_file):
         ("--resume auto", {"resume": "auto"}),
         ("--optimizer mvr2 --inner 1", {"optimizer": "mvr2", "inner": 1.0}),
         ("--schedule linear --steps 10", {"schedule": "linear", "steps": 10}),  # shorter than the warm-down
+        ("--schedule linear --momentum-end 1", {"schedule": "linear", "momentum_end": 1.0}),
+        ("--momentum-end -1 --gamma-end=-1", {}),
         ("--text sotu --data-dir x", {"text": "sotu", "data_dir": "x"}),
     ],
 )
@@ -206,6 +208,13 @@ WRONG_COMMAND_LINES = [
     ("--inner 1.5", "--inner of at most 1"),
     ("--inner 0.5", "inner optimizer = mvr2 gluon"),
     ("--optimizer mvr3 --inner 0.5", "inner optimizer = mvr2 mvr3"),
+    ("--schedule linear --momentum-end 1.1", "--momentum-end of at most 1"),
+    ("--schedule linear --momentum-end -0.5", "momentum_end at least 0, or -1 where momentum stays, not -0.5"),
+    ("--schedule linear --optimizer mvr1 --gamma-end -2", "gamma_end at least 0, or -1 where gamma stays, not -2"),
+    ("--momentum-end 0.99", "momentum_end = 0.99 needs schedule = linear constant"),
+    ("--optimizer mvr2 --schedule theory --gamma-end 1", "gamma_end = 1.0 needs schedule = linear theory"),
+    ("--schedule linear --gamma-end 1", "gamma_end = 1.0 needs gluon mvr1"),
+    ("--schedule linear --optimizer mvr2 --inner 0.5 --gamma-end 1", "gamma_end = 1.0 inner"),
     ("--weight-decay -1", "--weight-decay of at least 0"),
     ("--block-radius 0", "--block-radius above 0"),
     ("--eps 0", "--eps above 0"),

@@ -176,4 +176,4 @@ def test_wrong_command_lines(plot, run_folder, tmp_path):
 def test_as_a_command():
     ended = subprocess.run([sys.executable, SCRIPT, "nowhere"], capture_output=True, text=True, cwd=ROOT / "tests")
     assert ended.returncode == 2 and ended.stdout == ""
-    assert ended.stderr.startswith("plot.py: cannot read nowhere") and len(ended.stderr.splitlines()) == 1
+    assert ended.stderr.startswith("plot: cannot read nowhere") and len(ended.stderr.splitlines()) == 1

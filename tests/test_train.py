@@ -136,6 +136,22 @@ def test_a_correction_from_every_other_sequence(uninterrupted, variant, passes):
     assert abs(one.metrics[-1]["val_loss"] - full.metrics[-1]["val_loss"]) < 0.1
 
 
+LATE = "--optimizer mvr2 --gamma 0 --gamma-end 0.8 --momentum-end 1 --schedule linear --warmdown-steps 4"
+
+
+def test_a_correction_that_comes_with_the_warmdown(trainer):  # noqa: F811
+    """At γ = 0 the run is Gluon, at its cost; the steps of a falling lr take two gradients. Exact on 2 ranks and resumed."""
+    done = trainer.run("late", f"{LATE} --checkpoint-every 5 --keep-checkpoints 9").ok()
+    gluon = trainer.run("late-gluon", "--schedule linear --warmdown-steps 4 --momentum-end 1").ok()
+    assert [line["passes"] for line in done.metrics if "train_loss" in line] == [1, 2, 3, 4, 6, 8, 10]
+    # The fifth step is the first to be corrected, and X_5 the first to show it.
+    pairs = list(zip(*([x["train_loss"] for x in run.metrics if "train_loss" in x] for run in (done, gluon)), strict=True))
+    assert [ours == theirs for ours, theirs in pairs] == [True] * 5 + [False] * 2
+    resumed = trainer.run("late-resumed", f"{LATE} --resume {done.folder}/checkpoints/step_0000005").ok()
+    resumed.same_as(done)
+    assert_close(trainer.run("late-two", LATE, ranks=2).ok(), done, 1e-9)
+
+
 def test_ranks_agree_to_rounding_in_float32(uninterrupted):
     one, two = (uninterrupted("mvr2", ranks, "--dtype float32") for ranks in (1, 2))
     assert_close(one, two, 1e-4)

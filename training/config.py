@@ -122,7 +122,11 @@ class Config:
             if end != -1 and self.schedule != "linear":
                 raise _mistake(f"{name} = {end} needs schedule = linear, not {self.schedule}; or set {name} to -1")
         if self.gamma_end != -1 and (self.optimizer not in ("mvr1", "mvr2", "mvr3") or self.inner):
-            raise _mistake(f"gamma_end = {self.gamma_end} needs an optimizer that uses gamma; set it to -1")
+            raise _mistake(
+                f"gamma_end = {self.gamma_end} needs optimizer = mvr1, mvr2 (inner = 0) or mvr3, not {self.optimizer}"
+                + (f" with inner = {self.inner}" if self.inner else "")
+                + "; or set gamma_end to -1"
+            )
         if self.text and self.vocab_size < 257:
             raise _mistake(
                 f"text = {self.text} needs vocab_size = 257 (256 bytes and the end of a document) or more, "

@@ -35,8 +35,10 @@ def say(text: str) -> None:
 
 
 @contextmanager
-def one_line_errors(program: str) -> Iterator[None]:
-    """Turn what a user can mend into one line on stderr, from one rank, and exit code 2 of every rank."""
+def one_line_errors(program: str, interrupted: str = "interrupted") -> Iterator[None]:
+    """Turn what a user can mend into one line on stderr, from one rank, and exit code 2 of every rank.
+
+    `interrupted` is what Ctrl-C says."""
     try:
         yield
         return
@@ -52,7 +54,7 @@ def one_line_errors(program: str) -> Iterator[None]:
         _tell(f"{program}: {error.filename or 'input/output'}: {error.strerror or error}", everywhere=False)
     except KeyboardInterrupt:
         code = 130
-        _tell(f"{program}: interrupted", everywhere=True)
+        _tell(f"{program}: {interrupted}", everywhere=True)
     except Exception:
         if "RANK" not in os.environ:
             raise
