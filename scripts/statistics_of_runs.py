@@ -282,6 +282,6 @@ def second_stage(best: float, seed: int, count: int) -> list[Trial]:
     ]
 
 
-def third_stage(best: Trial) -> list[Trial]:
-    """The best so far with less momentum: 1 - β doubled."""
-    return [replace(best, momentum=round(1 - 2 * (1 - best.momentum), 6))]
+def less_momentum(best: Trial, factor: float) -> list[Trial]:
+    """The best so far with 1 - β multiplied, the other knobs as they are."""
+    return [replace(best, momentum=round(1 - factor * (1 - best.momentum), 6))]

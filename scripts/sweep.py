@@ -1,16 +1,16 @@
 """Tune every method with the same budget: as many trials, as many updates, the same lrs, the same text and seed.
 
     python scripts/sweep.py                      # resumes; results/sweep/table.md, best.json, sweep.json
-    python scripts/sweep.py --batch 2 --steps 100
+    python scripts/sweep.py --batch 2 --methods gluon mvr1
     python scripts/sweep.py --plan               # what it would run
 
 The model is the byte model of configs/quickstart_gluon.py. For each method (Gluon, MVR-1, MVR-2, MVR-3, and the nested
 form of MVR-2) a trial is one run of `--steps` updates at a constant lr on one tuning seed, which no evaluation uses; its
 score is the final validation loss. First stage: three lrs, a factor of two apart, at β = 0.9, γ = 0.1, q = 0.5. Second: a
 Latin hypercube of three draws around the first stage's best lr (within a factor √2) over lr, β and γ or q, the same draws
-for all methods. Third: the best so far with 1 - β doubled, because β turned out to matter most and the best was often the
-least. The best of the seven is the method's setting. The budget is equal in updates; the methods with two
-gradients an update spend twice the gradients on it.
+for all methods. Then two trials along β, which turned out to matter most, with the best often at the least tried: the best so
+far with 1 - β doubled; and doubled again where that won, else 1 - β times √2. The best of the eight is the method's setting.
+The budget is equal in updates; the methods with two gradients an update spend twice the gradients on it.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from scripts.run_jobs import ROOT, Job, final_loss, run_all
-from scripts.statistics_of_runs import Trial, first_stage, gradient_evaluations, replace_section, second_stage, third_stage
+from scripts.statistics_of_runs import Trial, first_stage, gradient_evaluations, less_momentum, replace_section, second_stage
 from training.errors import UserError, one_line_errors
 
 TITLES = {"gluon": "Gluon", "mvr1": "MVR-1", "mvr2": "MVR-2", "mvr3": "MVR-3", "nested": "nested MVR-2"}
@@ -66,7 +66,9 @@ def trials_of(folder: Path, method: str, batch: int, steps: int) -> list[list[Tr
     if first := best(stages[0]):
         stages.append(second_stage(first.lr, TUNING_SEED, DRAWS))
         if second := best([*stages[0], *stages[1]]):
-            stages.append(third_stage(second))
+            stages.append(less_momentum(second, 2))
+            if third := best([*stages[0], *stages[1], *stages[2]]):
+                stages.append(less_momentum(third, 2 if third == stages[2][0] else math.sqrt(2)))
     return stages
 
 
@@ -84,7 +86,7 @@ def report(folder: Path, batches: dict[int, int]) -> None:
             if not scored:
                 continue
             low = min(scored, key=lambda row: row[0])
-            complete = len(scored) == len(LRS) + DRAWS + 1
+            complete = len(scored) == len(LRS) + DRAWS + 2
             best.setdefault(f"b{batch}", {})[method] = {
                 **low[2].options(method), "val_loss": low[0], "trials": len(scored), "complete": complete, "updates": steps,
             }  # fmt: skip
@@ -171,7 +173,7 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--batch", type=int, choices=tuple(METHODS_AT), help="sequences a step (default: both)")
     parser.add_argument("--methods", nargs="+", choices=tuple(TITLES), help="default: all")
-    parser.add_argument("--steps", type=int, default=50, help="updates of a trial at 8 sequences, twice at 2 [50]")
+    parser.add_argument("--steps", type=int, default=100, help="updates of a trial at 8 sequences, twice at 2 [100]")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, one thread each [1]")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "sweep")
     parser.add_argument("--plan", action="store_true", help="print the runs and end")
@@ -180,7 +182,7 @@ def main(argv: list[str]) -> None:
     batches = [arguments.batch] if arguments.batch else list(METHODS_AT)
     wanted = [(b, m) for b in batches for m in METHODS_AT[b] if not arguments.methods or m in arguments.methods]
     try:
-        for stage in range(3):
+        for stage in range(4):
             jobs = []
             for batch, method in wanted:
                 stages = trials_of(arguments.out, method, batch, updates[batch])

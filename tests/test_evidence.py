@@ -22,11 +22,11 @@ from scripts.statistics_of_runs import (
     gradient_evaluations,
     interval,
     largest_rise,
+    less_momentum,
     paired,
     second_stage,
     student_cdf,
     student_quantile,
-    third_stage,
     updates_for,
 )
 from training.errors import UserError
@@ -134,12 +134,21 @@ def test_trials_are_few_seeded_and_stratified():
         assert strata == [0, 1, 2]
     assert [trial.lr for trial in first_stage((1.0, 2.0))] == [1.0, 2.0]
     least = second_stage(1e-3, seed=5, count=3)[0]
-    assert [(t.lr, t.gamma, t.momentum) for t in third_stage(least)] == [
+    assert [(t.lr, t.gamma, t.momentum) for t in less_momentum(least, 2)] == [
         (least.lr, least.gamma, pytest.approx(2 * least.momentum - 1))
     ]
     assert trials[0].options("gluon").keys() == {"lr", "momentum"}
     assert trials[0].options("mvr3").keys() == {"lr", "momentum", "gamma"}
     assert trials[0].options("nested").keys() == {"lr", "momentum", "inner"}
+
+
+@pytest.mark.parametrize("best, tried", [(0.8, [0.9, 0.8, 0.6]), (0.9, [0.9, 0.8, 0.858579]), (0.2, [0.9, 0.8, 0.6])])
+def test_the_sweep_searches_along_beta(tmp_path, monkeypatch, best, tried):
+    """Doubled where that won, else between; the loss is the distance of β from `best`."""
+    monkeypatch.setattr(sweep, "DRAWS", 0)
+    monkeypatch.setattr(sweep, "final_loss", lambda job: abs(job.options["momentum"] - best) + abs(job.options["lr"] - 1.4e-3))
+    first, _, third, fourth = sweep.trials_of(tmp_path, "mvr1", 8, 100)
+    assert [first[0].momentum, third[0].momentum, fourth[0].momentum] == tried
 
 
 def test_tuning_and_evaluation_share_no_seed():
