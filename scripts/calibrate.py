@@ -21,7 +21,7 @@ import torch
 
 from model import GPT, GPTConfig
 from scripts.run_jobs import ROOT
-from scripts.sweep import CONFIG, METHODS_AT, options_of
+from scripts.sweep import CONFIG, METHODS_AT, TITLES, options_of
 from train_gpt import build_optimizer
 from training.config import load_config
 
@@ -77,7 +77,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "mini" / "calibration.json")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
-    batches = {str(batch): calibrate(batch, methods, arguments.repeats) for batch, methods in METHODS_AT.items()}
+    batches = {str(batch): calibrate(batch, tuple(TITLES), arguments.repeats) for batch in METHODS_AT}
     found = {"torch": torch.__version__, "python": platform.python_version(), "threads": 1, "batches": batches}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(found, indent=1) + "\n")

@@ -182,6 +182,7 @@ class Study:
 
 def compare(study: Study, seeds: int) -> list[dict]:
     """One row an arm: its setting, its loss over the seeds, and the paired differences to both Gluons and to fixed γ and β."""
+    speed = json.loads((study.folder.parent / "mini" / "calibration.json").read_text())["batches"][str(study.batch)]
     losses: dict[str, dict[int, float]] = {}
     rows = []
     for name in ARMS:
@@ -192,8 +193,10 @@ def compare(study: Study, seeds: int) -> list[dict]:
             losses[name] = {seed: final_loss(job) for seed, job in found.items()}
             trials = [final_loss(job) for stage in study.stages(name) for job in stage]
             job = next(iter(found.values()))
+            seconds = passes(job.options) * speed["gradient"] + job.options["steps"] * speed["update"][ARMS[name].optimizer]
             rows.append(
                 {"arm": name, "label": ARMS[name].label, "options": job.options, "passes": passes(job.options),
+                 "seconds": seconds,
                  "trials": trials, "losses": losses[name], "loss": interval(list(losses[name].values()))}
             )  # fmt: skip
     for row in rows:
@@ -217,12 +220,13 @@ def setting(options: dict[str, float | str]) -> str:
 def table(rows: list[dict]) -> str:
     """The rows as Markdown, the best loss first."""
     lines = [
-        "| arm | best setting | updates | seeds | validation loss [95%] | minus Gluon | minus Gluon, β follows | "
-        "minus its method at fixed γ and β |",
-        "|" + "---|" * 8,
+        "| arm | best setting | updates | calibrated seconds | seeds | validation loss [95%] | minus Gluon | "
+        "minus Gluon, β follows | minus its method at fixed γ and β |",
+        "|" + "---|" * 9,
     ]
     for row in sorted(rows, key=lambda row: row["loss"].mean):
-        cells = [row["label"], setting(row["options"]), str(row["options"]["steps"]), str(row["loss"].n), _loss(row["loss"])]
+        cells = [row["label"], setting(row["options"]), str(row["options"]["steps"]), f"{row['seconds']:.0f}"]
+        cells += [str(row["loss"].n), _loss(row["loss"])]
         for key in ("minus_gluon", "minus_gluon_follow", "minus_fixed"):
             same = key == "minus_fixed" and row["optimizer"] == "gluon"
             cells.append("" if key not in row or same else f"{row[key]} **{row[key].verdict}**")

@@ -110,6 +110,11 @@ def test_the_study_end_to_end(tmp_path, monkeypatch):
             (job.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     monkeypatch.setattr(schedules, "run_all", run)
+    (tmp_path / "mini").mkdir()
+    speed = {"gradient": 1.0, "update": {"gluon": 0.5, "mvr1": 0.5, "mvr2": 0.5}}
+    (tmp_path / "mini" / "calibration.json").write_text(json.dumps({"batches": {"2": speed}}))
+    tmp_path = tmp_path / "schedules"
+    tmp_path.mkdir()
     (tmp_path / "README.md").write_text("<!-- b2 -->\n<!-- end of b2 -->\n")
     schedules.main(["--budget", "20", "--seeds", "2", "--out", str(tmp_path), "--arms", "gluon", "mvr1", "mvr2"])
     study = Study(tmp_path, 2, 20)
@@ -120,6 +125,7 @@ def test_the_study_end_to_end(tmp_path, monkeypatch):
         assert abs(math.log(study.evaluation(name, 0).options["lr"] / 1e-3)) == min(lrs)
     rows = json.loads((tmp_path / "b2.json").read_text())
     assert [row["arm"] for row in rows] == ["gluon", "mvr1", "mvr2"]
+    assert [row["seconds"] for row in rows] == [30, 30, 19 + 5]  # 20 and 20 gradients, 20 updates; 19 and 10
     difference = next(row for row in rows if row["arm"] == "mvr1")["minus_gluon"]
     assert difference["mean"] == pytest.approx(0.005) and difference["n"] == 2
     page = (tmp_path / "README.md").read_text()
