@@ -7,7 +7,7 @@
 #SBATCH --time=24:00:00
 #SBATCH --requeue
 #SBATCH --open-mode=append
-#SBATCH --signal=USR1@300
+#SBATCH --signal=TERM@300
 #
 # One run on many nodes, for as long as it takes:
 #
@@ -33,13 +33,16 @@ with one_line_errors("slurm"):
 ' "$@") || exit 2
 rm -f "$run_dir/requeue"
 
+# How long the ranks have for their checkpoint after the signal: 30 s where torchrun has no such option (before torch 2.12).
+grace=()
+"$python" -m torch.distributed.run --help | grep -q -- --shutdown-timeout && grace=(--shutdown-timeout=240)
+
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$((20000 + SLURM_JOB_ID % 20000))
 srun --kill-on-bad-exit=1 "$python" -m torch.distributed.run \
   --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="$gpus" --max-restarts="$restarts" \
   --rdzv-id="$SLURM_JOB_ID" --rdzv-backend=c10d --rdzv-endpoint="$head:$port" \
-  --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout=240 \
-  train_gpt.py "$@" --resume auto
+  ${grace[@]+"${grace[@]}"} train_gpt.py "$@" --resume auto
 status=$?
 
 # torchrun loses the ranks' exit codes when a signal ends it, so the marker alone decides.

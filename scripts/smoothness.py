@@ -218,9 +218,10 @@ def measure(config: Config, pool: int, probes: Sequence[int], say: Callable[[str
     loss, parts = pool_gradients()
     started = time.monotonic()
     for step in range(config.steps):
-        lr, beta = schedule(config, step)
+        moved = schedule(config, step)
+        beta = moved["momentum"]
         for group in optimizer.param_groups:
-            group["lr"], group["momentum"] = lr, beta
+            group.update((name, value) for name, value in moved.items() if name in group)
         batch, here, mean = loader.batch(step), [p.detach().clone() for p in weights], mean_of(parts)
         g = gradients(batch)
         if previous is not None:

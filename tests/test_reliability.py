@@ -513,7 +513,7 @@ def test_slurm_requeues_on_the_marker_alone(slurm, tmp_path):
         done, calls = slurm(f"touch {marker}; exit {code}", *words)
         assert done.returncode == 0 and calls[-1] == "scontrol requeue 41", done.stderr
     call = next(call for call in calls if call.startswith("srun"))
-    for part in ("--nnodes=2", "--nproc-per-node=8", "--rdzv-endpoint=node7:20041", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"):
+    for part in ("--nnodes=2", "--nproc-per-node=8", "--rdzv-endpoint=node7:20041", "--max-restarts=3"):
         assert part in call
     assert call.endswith(" ".join(("train_gpt.py", *words, "--resume auto")))
 
@@ -538,7 +538,7 @@ def test_the_warning_of_slurm_reaches_the_ranks_through_torchrun(slurm, trainer,
       [ "$(grep -c train_loss {folder}/metrics.jsonl 2>&1)" -gt 3 ] 2>/dev/null && break
       sleep 0.1
     done
-    kill -USR1 $child; wait $child"""
+    kill -TERM $child; wait $child"""
     words = trainer.words(name, options)
     gives = {"SLURM_GPUS_ON_NODE": "2", "SLURM_JOB_NUM_NODES": "1", "OMP_NUM_THREADS": "1"}
     environment = gives | {"SLURM_JOB_ID": str(os.getpid())}
