@@ -7,6 +7,7 @@
 The model is the byte model of configs/quickstart_gluon.py at `--batch` sequences a step. A run may evaluate `--budget`
 gradients of a batch and spends them on one whole schedule: constant lr, then linear to 0 over the last 30% of its updates. An
 arm whose updates take more than one gradient makes fewer updates, so that the ends of all runs are compared at the same cost.
+One arm spends the second gradient on a second batch, as a control of what it could have bought.
 
 Tuning: twelve trials an arm at the full budget, on one seed that no evaluation uses, scored by the final validation loss.
 Eight are a Latin hypercube over the unit cube of the knobs (`KNOBS`), the same points for every arm, which leaves out the
@@ -51,6 +52,7 @@ class Arm:
     optimizer: str
     knobs: tuple[str, ...]
     fixed: dict[str, float | str] = field(default_factory=dict)
+    batches: int = 1  # of the study's size that make one of the arm's
 
     def options(self, point: dict[str, float], updates: int) -> dict[str, float | str]:
         """The options of train_gpt.py at a point of the unit cube."""
@@ -73,6 +75,7 @@ THEORY = {"schedule": "theory", "warmdown_steps": 0}
 ARMS = {
     "gluon": Arm("Gluon", "gluon", ("lr", "memory")),
     "gluon_follow": Arm("Gluon, β follows", "gluon", ("lr", "memory", "memory_end")),
+    "gluon_double": Arm("Gluon, twice the batch", "gluon", ("lr", "memory"), batches=2),
     "mvr1": Arm("MVR-1", "mvr1", ("lr", "memory", "gamma")),
     "mvr1_follow": Arm("MVR-1, β and γ follow", "mvr1", ("lr", "memory", "gamma", "memory_end", "gamma_end")),
     "mvr2": Arm("MVR-2", "mvr2", ("lr", "memory", "gamma")),
@@ -137,9 +140,15 @@ class Study:
     def job(self, name: str, point: dict[str, float], seed: int, run: str) -> Job:
         """A run of an arm at a point. A trial is validated at its start and end, an evaluation ten times."""
         arm = ARMS[name]
-        options = arm.options(point, updates_within(lambda updates: arm.options(point, updates), self.budget))
+        options = arm.options(point, updates_within(lambda updates: arm.options(point, updates), self.budget // arm.batches))
         every = options["steps"] if seed == TUNING_SEED else math.ceil(options["steps"] / 10)
-        options |= {"batch_size": self.batch, "seed": seed, "val_every": every, "log_every": 20, "checkpoint_every": 0}
+        options |= {
+            "batch_size": self.batch * arm.batches,
+            "seed": seed,
+            "val_every": every,
+            "log_every": 20,
+            "checkpoint_every": 0,
+        }
         return Job(self.folder / f"b{self.batch}" / name / run, CONFIG, options)
 
     def stages(self, name: str) -> list[list[Job]]:
@@ -193,10 +202,10 @@ def compare(study: Study, seeds: int) -> list[dict]:
             losses[name] = {seed: final_loss(job) for seed, job in found.items()}
             trials = [final_loss(job) for stage in study.stages(name) for job in stage]
             job = next(iter(found.values()))
-            seconds = passes(job.options) * speed["gradient"] + job.options["steps"] * speed["update"][ARMS[name].optimizer]
+            gradients = passes(job.options) * ARMS[name].batches
+            seconds = gradients * speed["gradient"] + job.options["steps"] * speed["update"][ARMS[name].optimizer]
             rows.append(
-                {"arm": name, "label": ARMS[name].label, "options": job.options, "passes": passes(job.options),
-                 "seconds": seconds,
+                {"arm": name, "label": ARMS[name].label, "options": job.options, "gradients": gradients, "seconds": seconds,
                  "trials": trials, "losses": losses[name], "loss": interval(list(losses[name].values()))}
             )  # fmt: skip
     for row in rows:
@@ -278,7 +287,8 @@ def draw(study: Study, rows: list[dict], out: Path) -> None:
             curves = []
             for seed in row["losses"]:
                 lines = records(study.evaluation(row["arm"], seed).folder / "metrics.jsonl")
-                curves.append([(line["passes"], line["val_loss"]) for line in lines if "val_loss" in line])
+                gradients = ARMS[row["arm"]].batches
+                curves.append([(gradients * line["passes"], line["val_loss"]) for line in lines if "val_loss" in line])
             points = [
                 (statistics.fmean(place for place, _ in column), statistics.fmean(loss for _, loss in column))
                 for column in zip(*curves, strict=True)
