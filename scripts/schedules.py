@@ -210,7 +210,8 @@ def compare(study: Study, seeds: int) -> list[dict]:
             )  # fmt: skip
     for row in rows:
         fixed = row["optimizer"] = ARMS[row["arm"]].optimizer
-        for key, other in (("minus_gluon", "gluon"), ("minus_gluon_follow", "gluon_follow"), ("minus_fixed", fixed)):
+        others = ("gluon", "gluon_follow", "gluon_double")
+        for key, other in [*((f"minus_{other}", other) for other in others), ("minus_fixed", fixed)]:
             if other in losses and other != row["arm"] and losses[other].keys() & losses[row["arm"]].keys():
                 row[key] = paired(losses[row["arm"]], losses[other])
     return rows
@@ -230,13 +231,13 @@ def table(rows: list[dict]) -> str:
     """The rows as Markdown, the best loss first."""
     lines = [
         "| arm | best setting | updates | calibrated seconds | seeds | validation loss [95%] | minus Gluon | "
-        "minus Gluon, β follows | minus its method at fixed γ and β |",
-        "|" + "---|" * 9,
+        "minus Gluon, β follows | minus Gluon, twice the batch | minus its method at fixed γ and β |",
+        "|" + "---|" * 10,
     ]
     for row in sorted(rows, key=lambda row: row["loss"].mean):
         cells = [row["label"], setting(row["options"]), str(row["options"]["steps"]), f"{row['seconds']:.0f}"]
         cells += [str(row["loss"].n), _loss(row["loss"])]
-        for key in ("minus_gluon", "minus_gluon_follow", "minus_fixed"):
+        for key in ("minus_gluon", "minus_gluon_follow", "minus_gluon_double", "minus_fixed"):
             same = key == "minus_fixed" and row["optimizer"] == "gluon"
             cells.append("" if key not in row or same else f"{row[key]} **{row[key].verdict}**")
         lines.append("| " + " | ".join(cells) + " |")
