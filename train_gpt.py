@@ -80,6 +80,13 @@ def schedule(config: Config, step: int) -> dict[str, float]:
     return {"lr": config.lr * min(rise, fall), "momentum": momentum, "gamma": gamma}
 
 
+def set_schedule(optimizer: Gluon, config: Config, step: int) -> None:
+    """Give every group what the schedule says of a step, but for what its optimizer does not have."""
+    values = schedule(config, step)
+    for group in optimizer.param_groups:
+        group.update((name, value) for name, value in values.items() if name in group)
+
+
 @torch.no_grad()
 def validate(model: nn.Module, stream: TokenStream, config: Config, ranks: Ranks, autocast: torch.autocast) -> float:
     """Mean loss over the first `val_tokens` tokens of the validation split, shared among the ranks."""
@@ -207,8 +214,7 @@ def run(config: Config, ranks: Ranks) -> None:
     evaluate_where_due()  # at the start, and where a finished run is extended: its last weights are now on the way
     stopped = ""
     for step in range(start, config.steps):
-        for group in optimizer.param_groups:
-            group.update((name, value) for name, value in schedule(config, step).items() if name in group)
+        set_schedule(optimizer, config, step)
 
         # One of `every` sequences takes part in the correction, and so in both passes. MVR-2's pass at the previous weights
         # adds to the gradient that a later pass reduces: one reduction a step.

@@ -22,7 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
-from plot import COLOURS, GRID, INK, STYLES
+from plot import COLOURS, INK, LOOK, STYLES
 from torch import Tensor, nn
 
 from data import embedded
@@ -31,7 +31,7 @@ from data.shards import list_shards
 from model import GPT, GPTConfig
 from optim import Gluon
 from optim import diagnostics as diag
-from train_gpt import build_optimizer, schedule
+from train_gpt import build_optimizer, set_schedule
 from training.config import Config, load_config
 from training.errors import UserError, one_line_errors
 
@@ -193,8 +193,7 @@ def run(config: Config, every: int, reference: int, out: Path) -> list[dict[str,
     with out.open("w") as file:
         for step in range(config.steps):
             batch = loader.batch(step)
-            for group in optimizer.param_groups:
-                group.update((name, value) for name, value in schedule(config, step).items() if name in group)
+            set_schedule(optimizer, config, step)
             momentum = None
             if step and step % every == 0:  # M_{k-1}, before the step of ξ_k changes it
                 again = evaluation.closure(*previous)
@@ -260,10 +259,7 @@ def draw(runs: dict[str, list[dict[str, Any]]], out: Path) -> None:
         "Loss that the last update gains to first order": lambda _, r: -r["first_order"],
         "Share of that gain that curvature takes back": lambda _, r: -r["curvature"] / r["first_order"],
     }
-    look = {"font.size": 10, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": "#999999", "axes.grid": True,
-            "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "grid.color": GRID,
-            "xtick.color": INK, "ytick.color": INK}  # fmt: skip
-    with plt.rc_context(look):
+    with plt.rc_context({**LOOK, "font.size": 10}):
         figure, axes = plt.subplots(2, 4, figsize=(17, 7), layout="constrained")
         for panel, (title, value) in zip(axes.flat, panels.items(), strict=True):
             for i, (name, records) in enumerate(runs.items()):

@@ -22,6 +22,11 @@ AXES = {"update": "Updates", "passes": "Gradient evaluations", "seconds": "Secon
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", ":", "-.")
 INK, GRID = "#333333", "#E6E6E6"
+LOOK = {
+    "font.size": 10.5, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": "#999999", "axes.spines.top": False,
+    "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True, "grid.color": GRID, "xtick.color": INK,
+    "ytick.color": INK,
+}  # fmt: skip
 
 
 @dataclass
@@ -110,21 +115,7 @@ def draw(runs: list[Run], out: Path, title: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    look = {
-        "font.size": 10.5,
-        "text.color": INK,
-        "text.parse_math": False,
-        "axes.labelcolor": INK,
-        "axes.edgecolor": "#999999",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "axes.axisbelow": True,
-        "grid.color": GRID,
-        "xtick.color": INK,
-        "ytick.color": INK,
-    }
-    with plt.rc_context(look):
+    with plt.rc_context({**LOOK, "text.parse_math": False}):  # names of runs are shown as they are
         figure, panels = plt.subplots(1, 3, figsize=(13, 4.8), sharey=True, layout="constrained")
         for panel, (key, label) in zip(panels, AXES.items(), strict=True):
             for i, run in enumerate(runs):

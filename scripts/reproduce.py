@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from scripts.plot import COLOURS, GRID, INK
+from scripts.plot import COLOURS, INK, LOOK
 from scripts.run_jobs import ROOT, Job, records, run_all, validations
 from scripts.statistics_of_runs import (
     TWO_GRADIENTS,
@@ -339,7 +339,7 @@ def table(rows: list[dict]) -> str:
             setting += f", γ {row['gamma']:g}"
         setting += f", q {row['inner']:g}" if row["method"] == "nested" else ""
         loss: Interval = row["loss"]
-        cells = [row["label"], setting, f"{len(row['seeds'])}", _loss(loss) + f" at {row['updates']}"]
+        cells = [row["label"], setting, f"{len(row['seeds'])}", loss.level + f" at {row['updates']}"]
         for key, unit in units.items():
             if key not in row:
                 cells.append("" if row["method"] == "gluon" else "–")
@@ -352,12 +352,6 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _loss(loss: Interval) -> str:
-    if not math.isfinite(loss.mean):
-        return "diverged"
-    return f"{loss.mean:.3f}" + (f" [{loss.low:.3f}, {loss.high:.3f}]" if loss.n > 1 else "")
-
-
 def draw(plan: Plan, speed: Speed | None, out: Path) -> None:
     """Above, the mean validation loss; below, the paired difference to Gluon with its 95% band; against the three costs."""
     import matplotlib
@@ -365,11 +359,6 @@ def draw(plan: Plan, speed: Speed | None, out: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    look = {
-        "font.size": 10.5, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": "#999999", "axes.spines.top": False,
-        "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True, "grid.color": GRID, "xtick.color": INK,
-        "ytick.color": INK, "axes.formatter.use_mathtext": False,
-    }  # fmt: skip
     curves = {series.key: read_curves(plan, series) for series in plan.series}
     seconds = "Calibrated seconds" if plan.scale == "mini" else "Seconds"
     labels = ["Updates", "Gradient evaluations"] + ([seconds] if speed else [])
@@ -382,7 +371,7 @@ def draw(plan: Plan, speed: Speed | None, out: Path) -> None:
         """The baseline's updates at a cost."""
         return value if axis < 2 else speed.updates_for("gluon", value)
 
-    with plt.rc_context(look):
+    with plt.rc_context({**LOOK, "axes.formatter.use_mathtext": False}):
         page, panels = plt.subplots(
             2, len(labels), figsize=(4.4 * len(labels), 6.6), sharex="col", squeeze=False,
             height_ratios=(1.7, 1), layout="constrained",

@@ -1,6 +1,6 @@
 """Do schedules of γ and β pay, at equal gradient evaluations? Every arm is tuned alike, then run on fresh seeds.
 
-    python scripts/schedules.py --jobs 2        # resumes; results/schedules/README.md, schedules.json, schedules.png
+    python scripts/schedules.py --jobs 2        # resumes; results/schedules/README.md, b2.json, b2_trials.md, b2.png
     python scripts/schedules.py --plan          # what it would run
     python scripts/schedules.py --plot-only
 
@@ -26,13 +26,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from scripts.plot import COLOURS, GRID, INK
+from scripts.plot import COLOURS, INK, LOOK
 from scripts.run_jobs import ROOT, Job, final_loss, records, run_all
-from scripts.statistics_of_runs import Interval, interval, paired, replace_section
+from scripts.statistics_of_runs import Interval, interval, paired, replace_section, strata
+from scripts.sweep import CONFIG, TUNING_SEED
 from training.errors import UserError, one_line_errors
 
-CONFIG = "configs/quickstart_gluon.py"
-TUNING_SEED = 1000
 DRAWS = 8
 REFINEMENTS = ((2, 0.15), (2, 0.08))  # trials and the deviation of their steps in the unit cube
 WARMDOWN = 0.3
@@ -80,25 +79,20 @@ ARMS = {
     "mvr1_follow": Arm("MVR-1, β and γ follow", "mvr1", ("lr", "memory", "gamma", "memory_end", "gamma_end")),
     "mvr2": Arm("MVR-2", "mvr2", ("lr", "memory", "gamma")),
     "mvr2_follow": Arm("MVR-2, β and γ follow", "mvr2", ("lr", "memory", "gamma", "memory_end", "gamma_end")),
-    "mvr2_late": Arm(
-        "MVR-2 in the warm-down alone", "mvr2", ("lr", "memory", "memory_end", "gamma_end"), {"gamma": 0.0}
-    ),
+    "mvr2_late": Arm("MVR-2 in the warm-down alone", "mvr2", ("lr", "memory", "memory_end", "gamma_end"), {"gamma": 0.0}),
     "mvr2_half": Arm("MVR-2, correction from half", "mvr2", ("lr", "memory", "gamma"), {"correction_every": 2}),
     "gluon_theory": Arm("Gluon, theory's schedule", "gluon", ("theory_lr",), THEORY),
     "mvr2_theory": Arm("MVR-2, theory's schedule", "mvr2", ("theory_lr", "gamma"), THEORY),
-}  # fmt: skip
+}
 
 
 # Trials ---------------------------------------------------------------------------------------------------------------
 
 
 def draws(seed: int, count: int) -> list[dict[str, float]]:
-    """A Latin hypercube: each knob's range is cut into `count` strata, one draw in each."""
+    """A Latin hypercube over the knobs."""
     generator = random.Random(seed)
-    columns = {}
-    for name in KNOBS:
-        columns[name] = [(i + generator.random()) / count for i in range(count)]
-        generator.shuffle(columns[name])
+    columns = {name: strata(generator, count) for name in KNOBS}
     return [{name: column[i] for name, column in columns.items()} for i in range(count)]
 
 
@@ -149,7 +143,10 @@ class Study:
             "log_every": 20,
             "checkpoint_every": 0,
         }
-        return Job(self.folder / f"b{self.batch}" / name / run, CONFIG, options)
+        return Job(self.run_folder(name, run), CONFIG, options)
+
+    def run_folder(self, name: str, run: str) -> Path:
+        return self.folder / f"b{self.batch}" / name / run
 
     def stages(self, name: str) -> list[list[Job]]:
         """The trials of an arm, as far as the scores of the stages before are known."""
@@ -162,13 +159,13 @@ class Study:
             return None
         return self._least(name, [trial for stage in stages for trial in stage])
 
-    def evaluation(self, name: str, seed: int) -> Job | None:
+    def evaluations(self, name: str, seeds: int) -> dict[int, Job]:
+        """The runs of an arm's best setting by seed; none while a trial is missing."""
         point = self.best(name)
-        return None if point is None else self.job(name, point, seed, f"seed{seed}")
+        return {} if point is None else {seed: self.job(name, point, seed, f"seed{seed}") for seed in range(seeds)}
 
     def _points(self, name: str) -> list[list[tuple[str, dict[str, float]]]]:
-        stages = [draws(TUNING_SEED, DRAWS)]
-        named = [[(f"trial{i:02d}", point) for i, point in enumerate(stages[0])]]
+        named = [[(f"trial{i:02d}", point) for i, point in enumerate(draws(TUNING_SEED, DRAWS))]]
         for stage in range(len(REFINEMENTS)):
             done = [trial for trials in named for trial in trials]
             best = self._least(name, done)
@@ -195,13 +192,11 @@ def compare(study: Study, seeds: int) -> list[dict]:
     losses: dict[str, dict[int, float]] = {}
     rows = []
     for name in ARMS:
-        found = {
-            seed: job for seed in range(seeds) if (job := study.evaluation(name, seed)) and not math.isnan(final_loss(job))
-        }
-        if found:
-            losses[name] = {seed: final_loss(job) for seed, job in found.items()}
+        jobs = study.evaluations(name, seeds)
+        if found := {seed: loss for seed, job in jobs.items() if not math.isnan(loss := final_loss(job))}:
+            losses[name] = found
             trials = [final_loss(job) for stage in study.stages(name) for job in stage]
-            job = next(iter(found.values()))
+            job = jobs[next(iter(found))]
             gradients = passes(job.options) * ARMS[name].batches
             seconds = gradients * speed["gradient"] + job.options["steps"] * speed["update"][ARMS[name].optimizer]
             rows.append(
@@ -236,7 +231,7 @@ def table(rows: list[dict]) -> str:
     ]
     for row in sorted(rows, key=lambda row: row["loss"].mean):
         cells = [row["label"], setting(row["options"]), str(row["options"]["steps"]), f"{row['seconds']:.0f}"]
-        cells += [str(row["loss"].n), _loss(row["loss"])]
+        cells += [str(row["loss"].n), row["loss"].level]
         for key in ("minus_gluon", "minus_gluon_follow", "minus_gluon_double", "minus_fixed"):
             same = key == "minus_fixed" and row["optimizer"] == "gluon"
             cells.append("" if key not in row or same else f"{row[key]} **{row[key].verdict}**")
@@ -260,12 +255,6 @@ def trials_table(study: Study) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _loss(loss: Interval) -> str:
-    if not math.isfinite(loss.mean):
-        return "diverged"
-    return f"{loss.mean:.3f}" + (f" [{loss.low:.3f}, {loss.high:.3f}]" if loss.n > 1 else "")
-
-
 def draw(study: Study, rows: list[dict], out: Path) -> None:
     """Left, the mean curves against gradient evaluations; right, the paired difference of the ends to Gluon's."""
     import matplotlib
@@ -273,13 +262,8 @@ def draw(study: Study, rows: list[dict], out: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    look = {
-        "font.size": 10.5, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": "#999999", "axes.spines.top": False,
-        "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True, "grid.color": GRID, "xtick.color": INK,
-        "ytick.color": INK,
-    }  # fmt: skip
     rows = sorted(rows, key=lambda row: row["loss"].mean)
-    with plt.rc_context(look):
+    with plt.rc_context(LOOK):
         page, (left, right) = plt.subplots(1, 2, figsize=(13, 5.2), layout="constrained", width_ratios=(1.3, 1))
         ends = []
         for i, row in enumerate(rows):
@@ -287,7 +271,7 @@ def draw(study: Study, rows: list[dict], out: Path) -> None:
             style = "-" if row["arm"] == "gluon" or i < len(COLOURS) - 1 else "--"
             curves = []
             for seed in row["losses"]:
-                lines = records(study.evaluation(row["arm"], seed).folder / "metrics.jsonl")
+                lines = records(study.run_folder(row["arm"], f"seed{seed}") / "metrics.jsonl")
                 gradients = ARMS[row["arm"]].batches
                 curves.append([(gradients * line["passes"], line["val_loss"]) for line in lines if "val_loss" in line])
             points = [
@@ -364,7 +348,8 @@ def main(argv: list[str]) -> None:
                 print("\n".join(f"{job.state():8} {' '.join(job.command[1:])}" for job in jobs))
             else:
                 run_all(jobs, arguments.jobs)
-        final = [job for seed in range(arguments.seeds) for name in arguments.arms if (job := study.evaluation(name, seed))]
+        found = [study.evaluations(name, arguments.seeds) for name in arguments.arms]
+        final = [jobs[seed] for seed in range(arguments.seeds) for jobs in found if jobs]
         if arguments.plan:
             print("\n".join(f"{job.state():8} {' '.join(job.command[1:])}" for job in final))
         else:

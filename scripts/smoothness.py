@@ -57,7 +57,8 @@ from data.loader import BatchLoader, TokenStream
 from data.shards import list_shards
 from model import GPT, GPTConfig
 from optim.norms import Norm, get_norm
-from train_gpt import build_optimizer, schedule
+from scripts.plot import COLOURS, LOOK
+from train_gpt import build_optimizer, set_schedule
 from training.config import Config, load_config
 from training.errors import UserError, one_line_errors
 from training.files import atomic_file
@@ -218,10 +219,8 @@ def measure(config: Config, pool: int, probes: Sequence[int], say: Callable[[str
     loss, parts = pool_gradients()
     started = time.monotonic()
     for step in range(config.steps):
-        moved = schedule(config, step)
-        beta = moved["momentum"]
-        for group in optimizer.param_groups:
-            group.update((name, value) for name, value in moved.items() if name in group)
+        set_schedule(optimizer, config, step)
+        beta = optimizer.param_groups[0]["momentum"]
         batch, here, mean = loader.batch(step), [p.detach().clone() for p in weights], mean_of(parts)
         g = gradients(batch)
         if previous is not None:
@@ -343,23 +342,6 @@ def _range(values: list[float], form: str = ".3g") -> str:
     return low if low == high else f"{low} … {high}"
 
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-LOOK = {
-    "font.size": 10,
-    "text.color": "#333333",
-    "axes.labelcolor": "#333333",
-    "axes.edgecolor": "#999999",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#E6E6E6",
-    "xtick.color": "#333333",
-    "ytick.color": "#333333",
-    "legend.frameon": False,
-}
-
-
 def draw(result: dict, out: Path) -> None:
     """`smoothness.png` (ratio against dual gradient norm, with the fits) and `noise.png`."""
     try:
@@ -367,7 +349,7 @@ def draw(result: dict, out: Path) -> None:
     except ImportError:
         raise UserError("matplotlib is not installed; install it with: python -m pip install matplotlib") from None
     matplotlib.use("Agg")
-    with matplotlib.rc_context(LOOK):
+    with matplotlib.rc_context({**LOOK, "font.size": 10, "legend.frameon": False}):
         _draw_smoothness(result, out / "smoothness.png")
         _draw_noise(result, out / "noise.png")
 

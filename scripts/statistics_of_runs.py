@@ -33,6 +33,13 @@ class Interval:
             return "better"
         return "worse" if self.low > 0 else "undecided"
 
+    @property
+    def level(self) -> str:
+        """As a loss, where `str` gives a difference."""
+        if not math.isfinite(self.mean):
+            return "diverged"
+        return f"{self.mean:.3f}" + (f" [{self.low:.3f}, {self.high:.3f}]" if self.n > 1 else "")
+
     def __str__(self) -> str:
         if self.n < 2:
             return f"{self.mean:+.3f} (one seed)"
@@ -257,17 +264,19 @@ def first_stage(lrs: Sequence[float]) -> list[Trial]:
     return [Trial(lr) for lr in lrs]
 
 
+def strata(generator: random.Random, count: int) -> list[float]:
+    """A column of a Latin hypercube: [0, 1) cut into `count` strata, a draw in each, in a random order."""
+    values = [(i + generator.random()) / count for i in range(count)]
+    generator.shuffle(values)
+    return values
+
+
 def second_stage(best: float, seed: int, count: int) -> list[Trial]:
     """A Latin hypercube around the best lr of the first stage: the same draws for every method.
 
     lr within a factor √2, log-uniform; β a permutation of (0.8, 0.9, 0.95), repeated; γ log-uniform in [0.02, 0.5]; q
     uniform in [0.2, 0.9]. Each range is cut into `count` strata, one draw in each."""
     generator = random.Random(seed)
-
-    def strata() -> list[float]:
-        values = [(i + generator.random()) / count for i in range(count)]
-        generator.shuffle(values)
-        return values
 
     betas = [(0.8, 0.9, 0.95)[i % 3] for i in range(count)]
     generator.shuffle(betas)
@@ -278,7 +287,9 @@ def second_stage(best: float, seed: int, count: int) -> list[Trial]:
             gamma=float(f"{0.02 * 25**v:.3g}"),
             q=float(f"{0.2 + 0.7 * w:.3g}"),
         )
-        for u, beta, v, w in zip(strata(), betas, strata(), strata(), strict=True)
+        for u, beta, v, w in zip(
+            strata(generator, count), betas, strata(generator, count), strata(generator, count), strict=True
+        )
     ]
 
 

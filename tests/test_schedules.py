@@ -124,7 +124,7 @@ def test_the_study_end_to_end(tmp_path, monkeypatch):
         trials = [job for stage in study.stages(name) for job in stage]
         assert len(trials) == 12 and len({job.folder for job in trials}) == 12
         lrs = [abs(math.log(job.options["lr"] / 1e-3)) for job in trials]
-        assert abs(math.log(study.evaluation(name, 0).options["lr"] / 1e-3)) == min(lrs)
+        assert abs(math.log(study.evaluations(name, 1)[0].options["lr"] / 1e-3)) == min(lrs)
     rows = json.loads((tmp_path / "b2.json").read_text())
     assert [row["arm"] for row in rows] == ["gluon", "mvr1", "mvr2"]
     assert [row["seconds"] for row in rows] == [30, 30, 19 + 5]  # 20 and 20 gradients, 20 updates; 19 and 10

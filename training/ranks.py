@@ -179,7 +179,7 @@ class Ranks:
 
 
 class StopSignal:
-    """SIGINT, SIGTERM and SIGUSR1 (Slurm's warning) ask for a stop, of which all ranks learn at the end of the same step."""
+    """SIGINT, SIGTERM and SIGUSR1 (as schedulers warn) ask for a stop, of which all ranks learn at the end of the same step."""
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
