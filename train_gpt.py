@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from training.config import Config, load_config
-from training.errors import UserError, one_line_errors
+from training.errors import UserError, leave, one_line_errors
 
 if __name__ == "__main__":  # a mistake in the options is told before torch takes its seconds to load
     with one_line_errors("train_gpt"):
@@ -305,3 +305,4 @@ def check_tokens(config: Config, loader: BatchLoader, val_stream: TokenStream) -
 if __name__ == "__main__":
     with one_line_errors("train_gpt"):
         train(CONFIG)
+    leave()

@@ -14,7 +14,7 @@ from functools import partial
 
 import torch
 from accelerate import Accelerator, PartialState
-from task import MICRO, ROWS, STEPS, Net, batch, build, finish
+from task import MICRO, ROWS, STEPS, Net, batch, build, finish, leave
 from torch import Tensor
 
 
@@ -54,6 +54,7 @@ def train(variant: str) -> tuple[list[float], list[Tensor]]:
 
 
 if __name__ == "__main__":
-    finish({variant: train(variant) for variant in ("mvr2", "mvr3")})
-    PartialState().wait_for_everyone()
-    PartialState().destroy_process_group()
+    runs = {variant: train(variant) for variant in ("mvr2", "mvr3")}
+    if PartialState().is_main_process:
+        finish(runs)
+    leave()

@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
-from task import MICRO, STEPS, Net, batch, build, finish
+from task import MICRO, STEPS, Net, batch, build, finish, leave
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
@@ -59,5 +59,4 @@ if __name__ == "__main__":
     if dist.get_rank() == 0:
         finish({variant: (losses, weights) for variant, (losses, weights, _) in results.items()})
         print("reductions in", STEPS, "steps:", {variant: reductions for variant, (*_, reductions) in results.items()})
-    dist.barrier()  # gloo's threads must not outlive the other rank's connections
-    dist.destroy_process_group()
+    leave()

@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
-from task import MICRO, STEPS, Net, batch, build, finish
+from task import MICRO, STEPS, Net, batch, build, finish, leave
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -56,5 +56,4 @@ if __name__ == "__main__":
     if dist.get_rank() == 0:
         finish(results)
         print("a pass at the previous weights that reduces nothing is refused:", refused)
-    dist.barrier()  # gloo's threads must not outlive the other rank's connections
-    dist.destroy_process_group()
+    leave()

@@ -258,7 +258,7 @@ def run_script(script, save, processes):
         return printed.getvalue()
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [*launcher, str(path), "--save", str(save)]
+    command = [*launcher, str(ROOT / "tests" / "shutdown.py"), str(path), "--save", str(save)]
     result = subprocess.run(command, cwd=ROOT.parent, env=environment, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout

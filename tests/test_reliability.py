@@ -445,7 +445,7 @@ sys.argv[0] = "train_gpt.py"
 import functools, train_gpt
 from test_reliability import at_step
 from training.config import load_config
-from training.errors import one_line_errors
+from training.errors import leave, one_line_errors
 def die():
     open({flag!r}, "w").close()
     os.kill(os.getpid(), signal.SIGKILL)
@@ -453,7 +453,19 @@ if os.environ["RANK"] == "1" and not os.path.exists({flag!r}):
     at_step(5, die)
 with one_line_errors("train_gpt"):
     train_gpt.train(load_config(sys.argv[1:]))
+leave()
 """
+
+
+def test_ranks_of_torchrun_end_cleanly(trainer, undisturbed):  # noqa: F811
+    """No thread of gloo is left to the interpreter's shutdown, where it would abort the process on busy cores."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    words = [str(ROOT / "tests" / "shutdown.py"), str(ROOT / "train_gpt.py"), *trainer.words("clean", MVR2)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    expected = undisturbed(MVR2, 2)
+    type(expected)([0], done.stdout, done.stderr, trainer.results / "clean").same_as(expected)
 
 
 def test_torchrun_restarts_a_killed_rank(trainer, undisturbed, tmp_path):  # noqa: F811

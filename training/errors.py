@@ -8,6 +8,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import NoReturn
 
 
 class UserError(Exception):
@@ -60,12 +61,22 @@ def one_line_errors(program: str, interrupted: str = "interrupted") -> Iterator[
             raise
         traceback.print_exc()
         code = 1
+    leave(code)
+
+
+def leave(code: int = 0) -> NoReturn:
+    """End this process with `code`.
+
+    A rank does so without the interpreter's shutdown: ranks that leave at different times must not wait for each other in it,
+    and a thread of gloo that frees its last tensor in it aborts the process (`destroy_process_group` joins these threads only
+    where nothing else holds the group, and what torch imports late does).
+    """
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except OSError:  # a full disk must not change the exit code
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    if "RANK" in os.environ:  # ranks that leave at different times must not wait for each other in a shutdown
+    if "RANK" in os.environ:
         os._exit(code)
     sys.exit(code)
 

@@ -174,7 +174,7 @@ class Ranks:
     def close(self) -> None:
         """Leave the process group."""
         if dist.is_initialized():
-            dist.barrier(group=self.host)  # gloo's threads must not outlive another rank's connections
+            dist.barrier(group=self.host)  # no rank closes its connections while another still needs them
             dist.destroy_process_group()
 
 
