@@ -29,7 +29,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from scripts.plot import COLOURS, INK, LOOK
-from scripts.run_jobs import ROOT, Job, records, run_all, validations
+from scripts.run_jobs import GOES_ON, ROOT, Job, records, run_all, validations
 from scripts.statistics_of_runs import (
     TWO_GRADIENTS,
     Cost,
@@ -529,5 +529,5 @@ def _need_gpu() -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors("reproduce", interrupted="stopped; the same command goes on from here"):
+    with one_line_errors("reproduce", interrupted=GOES_ON):
         main(sys.argv[1:])

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from training.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
+GOES_ON = "stopped; the same command goes on from here"
 
 # What may change on the way without making another run of it.
 _FREE = {"steps", "val_every", "log_every", "checkpoint_every", "keep_checkpoints", "data_dir", "device"}

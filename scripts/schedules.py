@@ -27,11 +27,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from scripts.plot import COLOURS, INK, LOOK
-from scripts.run_jobs import ROOT, Job, final_loss, records, run_all
+from scripts.run_jobs import GOES_ON, ROOT, Job, final_loss, records, run_all
 from scripts.statistics_of_runs import Interval, interval, paired, replace_section, strata
 from scripts.sweep import CONFIG, TUNING_SEED
 from training.errors import UserError, one_line_errors
 
+BUDGET = 600
 DRAWS = 8
 REFINEMENTS = ((2, 0.15), (2, 0.08))  # trials and the deviation of their steps in the unit cube
 WARMDOWN = 0.3
@@ -145,8 +146,12 @@ class Study:
         }
         return Job(self.run_folder(name, run), CONFIG, options)
 
+    @property
+    def name(self) -> str:
+        return f"b{self.batch}" + (f"_{self.budget}" if self.budget != BUDGET else "")
+
     def run_folder(self, name: str, run: str) -> Path:
-        return self.folder / f"b{self.batch}" / name / run
+        return self.folder / self.name / name / run
 
     def stages(self, name: str) -> list[list[Job]]:
         """The trials of an arm, as far as the scores of the stages before are known."""
@@ -311,7 +316,7 @@ def report(study: Study, seeds: int) -> None:
     rows = compare(study, seeds)
     if not rows:
         return
-    name = f"b{study.batch}"
+    name = study.name
     draw(study, rows, study.folder / f"{name}.png")
     (study.folder / f"{name}_trials.md").write_text(
         f"# Trials at {study.budget} gradients of {study.batch} sequences\n\n{trials_table(study)}"
@@ -323,7 +328,7 @@ def report(study: Study, seeds: int) -> None:
     (study.folder / f"{name}.json").write_text(json.dumps(plain, indent=1) + "\n")
     readme = study.folder / "README.md"
     if readme.exists():
-        body = f"{table(rows)}\n![Schedules, {study.batch} sequences a step]({name}.png)"
+        body = f"{table(rows)}\n![{study.budget} gradients of {study.batch} sequences]({name}.png)"
         readme.write_text(replace_section(readme.read_text(), name, body))
     print(table(rows))
 
@@ -332,7 +337,7 @@ def main(argv: list[str]) -> None:
     """Tune stage by stage, evaluate, report."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--batch", type=int, default=2, help="sequences a step [2]")
-    parser.add_argument("--budget", type=int, default=600, help="gradients of a batch that a run may evaluate [600]")
+    parser.add_argument("--budget", type=int, default=BUDGET, help=f"gradients of a batch that a run may evaluate [{BUDGET}]")
     parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=tuple(ARMS), help="default: all")
     parser.add_argument("--seeds", type=int, default=5, help="evaluation's seeds 0, 1, … [5]")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, one thread each [1]")
@@ -360,5 +365,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors("schedules", interrupted="stopped; the same command goes on from here"):
+    with one_line_errors("schedules", interrupted=GOES_ON):
         main(sys.argv[1:])

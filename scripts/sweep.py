@@ -21,7 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from scripts.run_jobs import ROOT, Job, final_loss, run_all
+from scripts.run_jobs import GOES_ON, ROOT, Job, final_loss, run_all
 from scripts.statistics_of_runs import Trial, first_stage, gradient_evaluations, less_momentum, replace_section, second_stage
 from training.errors import UserError, one_line_errors
 
@@ -197,5 +197,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors("sweep", interrupted="stopped; the same command goes on from here"):
+    with one_line_errors("sweep", interrupted=GOES_ON):
         main(sys.argv[1:])
