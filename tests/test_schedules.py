@@ -115,8 +115,9 @@ def test_the_study_end_to_end(tmp_path, monkeypatch):
     (tmp_path / "mini" / "calibration.json").write_text(json.dumps({"batches": {"2": speed}}))
     tmp_path = tmp_path / "schedules"
     tmp_path.mkdir()
-    (tmp_path / "README.md").write_text("<!-- b2 -->\n<!-- end of b2 -->\n")
+    (tmp_path / "README.md").write_text("<!-- b2_20 -->\n<!-- end of b2_20 -->\n")
     schedules.main(["--budget", "20", "--seeds", "2", "--out", str(tmp_path), "--arms", "gluon", "mvr1", "mvr2"])
+    assert Study(tmp_path, 2, schedules.BUDGET).name == "b2"
     study = Study(tmp_path, 2, 20)
     double = study.job("gluon_double", draws(1, 2)[0], 0, "x").options
     assert (double["steps"], double["batch_size"]) == (10, 4)
@@ -125,11 +126,11 @@ def test_the_study_end_to_end(tmp_path, monkeypatch):
         assert len(trials) == 12 and len({job.folder for job in trials}) == 12
         lrs = [abs(math.log(job.options["lr"] / 1e-3)) for job in trials]
         assert abs(math.log(study.evaluations(name, 1)[0].options["lr"] / 1e-3)) == min(lrs)
-    rows = json.loads((tmp_path / "b2.json").read_text())
+    rows = json.loads((tmp_path / "b2_20.json").read_text())
     assert [row["arm"] for row in rows] == ["gluon", "mvr1", "mvr2"]
     assert [row["seconds"] for row in rows] == [30, 30, 19 + 5]  # 20 and 20 gradients, 20 updates; 19 and 10
     difference = next(row for row in rows if row["arm"] == "mvr1")["minus_gluon"]
     assert difference["mean"] == pytest.approx(0.005) and difference["n"] == 2
     page = (tmp_path / "README.md").read_text()
-    assert "| MVR-1 |" in page and "b2.png" in page and (tmp_path / "b2.png").stat().st_size > 1000
-    assert "MVR-2" in (tmp_path / "b2_trials.md").read_text()
+    assert "| MVR-1 |" in page and "b2_20.png" in page and (tmp_path / "b2_20.png").stat().st_size > 1000
+    assert "MVR-2" in (tmp_path / "b2_20_trials.md").read_text()
