@@ -21,10 +21,10 @@ AXES = {"update": "Updates", "passes": "Gradient evaluations", "seconds": "Secon
 # Okabe and Ito's colours, told apart by colour-blind readers too (without yellow, which is too pale for a line).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", ":", "-.")
-INK, GRID = "#333333", "#E6E6E6"
+INK = "#333333"
 LOOK = {
     "font.size": 10.5, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": "#999999", "axes.spines.top": False,
-    "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True, "grid.color": GRID, "xtick.color": INK,
+    "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True, "grid.color": "#E6E6E6", "xtick.color": INK,
     "ytick.color": INK,
 }  # fmt: skip
 

@@ -457,14 +457,19 @@ leave()
 """
 
 
+def torchrun(*words: str) -> subprocess.CompletedProcess[str]:
+    """The real torchrun with two ranks, which must end well."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *words]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
 def test_ranks_of_torchrun_end_cleanly(trainer, undisturbed):  # noqa: F811
     """No thread of gloo is left to the interpreter's shutdown, where it would abort the process on busy cores."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    words = [str(ROOT / "tests" / "shutdown.py"), str(ROOT / "train_gpt.py"), *trainer.words("clean", MVR2)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
     expected = undisturbed(MVR2, 2)
+    done = torchrun(str(ROOT / "tests" / "shutdown.py"), str(ROOT / "train_gpt.py"), *trainer.words("clean", MVR2))
     type(expected)([0], done.stdout, done.stderr, trainer.results / "clean").same_as(expected)
 
 
@@ -473,16 +478,8 @@ def test_torchrun_restarts_a_killed_rank(trainer, undisturbed, tmp_path):  # noq
     script, flag = tmp_path / "crash_once.py", tmp_path / "crashed"
     script.write_text(CRASH_ONCE.format(root=str(ROOT), flag=str(flag)))
     words = trainer.words("restarted", f"{MVR2} --checkpoint-every 2 --resume auto")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
-    done = subprocess.run(
-        [*command, str(script), *words],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0 and flag.exists(), done.stderr[-3000:]
+    done = torchrun("--max-restarts=1", str(script), *words)
+    assert flag.exists(), done.stderr[-3000:]
     assert "steps 4 to 7" in done.stdout
     type(expected)([0], done.stdout, done.stderr, trainer.results / "restarted").same_as(expected)
 
