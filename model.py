@@ -39,13 +39,17 @@ class Attention(nn.Module):
         self.v = nn.Linear(config.d_model, config.d_model, bias=False)
         self.o = nn.Linear(config.d_model, config.d_model, bias=False)
 
-    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, past: "LayerCache | None" = None) -> Tensor:
         B, T, D = x_BTD.shape
         q, k, v = (
             linear(x_BTD).view(B, T, self.n_head, D // self.n_head).transpose(1, 2) for linear in (self.q, self.k, self.v)
         )
         q, k = rotate(rms_norm(q), cos, sin), rotate(rms_norm(k), cos, sin)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        mask = None
+        if past is not None:
+            k, v = past.append(k, v)
+            mask = torch.ones(T, k.size(2), dtype=torch.bool, device=k.device).tril(k.size(2) - T)
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
         return self.o(y.transpose(1, 2).reshape(B, T, D))
 
 
@@ -69,9 +73,41 @@ class Block(nn.Module):
         self.attention = Attention(config)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x = x + self.attention(rms_norm(x), cos, sin)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, past: "LayerCache | None" = None) -> Tensor:
+        x = x + self.attention(rms_norm(x), cos, sin, past)
         return x + self.mlp(rms_norm(x))
+
+
+class LayerCache:
+    """The keys and values (B, H, T, d) of one layer for the tokens that were read."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity, self.length = capacity, 0
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Take those of the next tokens; return all there are."""
+        if self.length == 0:
+            shape = (*k.shape[:2], self.capacity, k.size(3))
+            self._k, self._v = k.new_empty(shape), v.new_empty(shape)
+        start, self.length = self.length, self.length + k.size(2)
+        self._k[:, :, start : self.length] = k
+        self._v[:, :, start : self.length] = v
+        return self._k[:, :, : self.length], self._v[:, :, : self.length]
+
+
+class Cache:
+    """What a model remembers of the tokens that it has read, so that generation computes each token once.
+
+    `model(idx, cache=Cache(model.config))` reads idx; the next call with this cache takes the tokens that follow. It is for
+    inference (`torch.no_grad`) and holds `seq_len` tokens at most; `length` counts them.
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
+        self.layers = [LayerCache(config.seq_len) for _ in range(config.n_layer)]
+
+    @property
+    def length(self) -> int:
+        return self.layers[0].length
 
 
 class GPT(nn.Module):
@@ -99,15 +135,20 @@ class GPT(nn.Module):
             block.attention.o.weight.zero_()
             block.mlp.proj.weight.zero_()
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Mean cross-entropy, at least float32, over all (B, T) int64 targets; logits (B, T, V) without targets."""
-        T = idx.size(1)
-        if self.cos.size(0) < T:
-            raise ValueError(f"the model takes at most {self.cos.size(0)} tokens, got {T}")
-        cos, sin = self.cos[:T], self.sin[:T]
+    def forward(self, idx: Tensor, targets: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        """Mean cross-entropy, at least float32, over all (B, T) int64 targets; logits (B, T, V) without targets.
+
+        With a cache, idx follows the tokens that the cache holds, and joins them.
+        Raises ValueError where there are more tokens than `seq_len`.
+        """
+        start = cache.length if cache is not None else 0
+        end = start + idx.size(1)
+        if self.cos.size(0) < end:
+            raise ValueError(f"the model takes at most {self.cos.size(0)} tokens, got {end}")
+        cos, sin = self.cos[start:end], self.sin[start:end]
         x = self.embedding(idx)
-        for block in self.blocks:
-            x = block(x, cos, sin)
+        for i, block in enumerate(self.blocks):
+            x = block(x, cos, sin, cache.layers[i] if cache is not None else None)
         x = rms_norm(x)
         if targets is None:
             logits = F.linear(x, self.embedding.weight)

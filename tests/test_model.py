@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import model as model_module
-from model import GPT, GPTConfig, linear_cross_entropy, rotary_table, rotate
+from model import GPT, Cache, GPTConfig, linear_cross_entropy, rotary_table, rotate
 
 SMALL = GPTConfig(vocab_size=61, n_layer=2, n_head=2, d_model=32, seq_len=16)
 
@@ -134,3 +134,18 @@ def test_rotary_scores_depend_on_the_distance_alone():
 def test_sequences_that_are_too_long_are_refused():
     with pytest.raises(ValueError, match="at most 16 tokens, got 17"):
         small()(torch.zeros(1, 17, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("pieces", [(16,), (1,) * 16, (5, 1, 1, 7, 2)])
+@torch.no_grad()
+def test_logits_with_a_cache_are_those_without(pieces, dtype):
+    gpt = small(dtype=dtype)
+    for p in gpt.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    idx, cache = torch.randint(61, (3, 16)), Cache(gpt.config)
+    whole, parts = gpt(idx), [gpt(part, cache=cache) for part in idx.split(pieces, 1)]
+    assert cache.length == 16 and whole.std() > 0.3
+    assert torch.allclose(torch.cat(parts, 1), whole, rtol=0, atol=1e-12 if dtype == torch.float64 else 1e-5)
+    with pytest.raises(ValueError, match="at most 16 tokens, got 17"):
+        gpt(idx[:, :1], cache=cache)
