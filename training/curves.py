@@ -1,0 +1,81 @@
+"""Reads what a run has written of its losses: the lines of metrics.jsonl, and curves from them."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from training.errors import UserError
+
+AXES = {"update": "updates", "passes": "gradient evaluations", "tokens": "tokens", "seconds": "seconds"}
+LOSSES = ("val_loss", "train_loss")
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl, as they stand there. A last line that was cut short is left out.
+
+    Raises UserError where there is no such file, or where a line is none of ours.
+    """
+    return read_records(run_dir / "metrics.jsonl")
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file like metrics.jsonl: each has a number for every one of `AXES`, and numbers as losses.
+
+    A loss may be NaN or infinite; the rest is finite. Raises UserError as `read_metrics` does.
+    """
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; give the folder of a run, such as runs/run") from None
+    records = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            if number == len(lines):
+                break
+            raise UserError(f"{path}, line {number} is not JSON; the file is damaged") from None
+        if not isinstance(record, dict):
+            raise UserError(f"{path}, line {number} is not an object; the file is damaged")
+        if not all(_is_number(record.get(key)) and math.isfinite(record[key]) for key in AXES):
+            raise UserError(f"{path}, line {number} has not all of {', '.join(AXES)} as numbers; the file is damaged")
+        if wrong := [key for key in LOSSES if key in record and not _is_number(record[key])]:
+            raise UserError(f"{path}, line {number} has a {wrong[0]} that is no number; the file is damaged")
+        records.append(record)
+    return records
+
+
+def _is_number(value: object) -> bool:
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and float(value) is not None
+    except OverflowError:  # an integer that no float can hold
+        return False
+
+
+def curve(metrics: list[dict[str, Any]], loss: str = "val_loss") -> list[dict[str, Any]]:
+    """The lines that have this loss, in the order of their updates. Of an update that is there twice, the last line."""
+    found = {record["update"]: record for record in metrics if loss in record}
+    return [found[update] for update in sorted(found)]
+
+
+def finite(metrics: list[dict[str, Any]], loss: str = "val_loss") -> list[dict[str, Any]]:
+    """The curve without the points where the loss is NaN or infinite."""
+    return [record for record in curve(metrics, loss) if math.isfinite(record[loss])]
+
+
+def run_name(run_dir: Path) -> str:
+    """The run's name: the one in config.json, else the folder's."""
+    name = read_config(run_dir).get("run_name")
+    return name if isinstance(name, str) and name.strip() else run_dir.resolve().name
+
+
+def read_config(run_dir: Path) -> dict[str, Any]:
+    """The options in a run's config.json as they stand there, unchecked; empty where there are none to read."""
+    try:
+        config = json.loads((run_dir / "config.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return config if isinstance(config, dict) else {}
