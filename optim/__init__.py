@@ -1,10 +1,10 @@
 """LMO optimizers over norm balls with momentum variance reduction, as ordinary `torch.optim.Optimizer`s.
 
-This package imports torch alone, so that it can be taken elsewhere.
+This package imports torch alone, and itself relatively, so that it can be taken elsewhere under another name.
 """
 
-from optim.gluon import Gluon
-from optim.muon_mvr import MuonMVR
-from optim.mvr import GluonMVR1, GluonMVR2, GluonMVR3
+from .gluon import Gluon
+from .muon_mvr import MuonMVR
+from .mvr import GluonMVR1, GluonMVR2, GluonMVR3, PreviousBatchMVR, SingleBatchMVR
 
-__all__ = ["Gluon", "GluonMVR1", "GluonMVR2", "GluonMVR3", "MuonMVR"]
+__all__ = ["Gluon", "GluonMVR1", "GluonMVR2", "GluonMVR3", "MuonMVR", "PreviousBatchMVR", "SingleBatchMVR"]

@@ -1,16 +1,16 @@
 """MuonMVR: Muon with variance reduction, momentum from zero and MARS's clipping, as "On the Convergence of Muon and Beyond"
 (Chang, Liu, Yuan, arXiv 2509.15816) offers it: the gradient to compare with is handed in, not evaluated by the optimizer."""
 
-import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from optim.gluon import Gluon, gradient_of, is_number
+from .base import NON_NEGATIVE, PAIR, SWITCH, Buffers, Group, Rule
+from .gluon import Gluon
 
 
 class MuonMVR(Gluon):
@@ -21,10 +21,10 @@ class MuonMVR(Gluon):
         M_k     = β M_{k-1} + (1-β) C_k                      from M = 0
         X_{k+1} = (1 - lr·weight_decay) X_k - lr · 0.2 √max(d_out, d_in) · UVᵀ of M_k
 
-    `last` is the previous step's gradient with `is_approx=True` (MVR-1; `update_last_grad` does nothing then), else what
-    `update_last_grad` recorded: the gradient of the previous batch at the current weights (MVR-3), or of the current batch
-    at the previous weights (MVR-2). It stays until it is recorded anew. γ = 0 is Muon with clipped gradients.
-    (`GluonMVR1`, `2` and `3` reach the same corrections without a stored gradient, batch or model.)
+    `last` is the previous step's gradient with `is_approx=True` (that paper's MVR1; `update_last_grad` does nothing then), else
+    what `update_last_grad` recorded: the gradient of the previous batch at the current weights (its MVR3), or of the current
+    batch at the previous weights (its MVR2). It stays until another one is recorded. γ = 0 is Muon with clipped gradients.
+    `SingleBatchMVR`, `PreviousBatchMVR` and `GluonMVR1` make the same corrections without a stored gradient, batch or model.
 
     Arguments:
         params: parameters or groups. A group with `use_muon=True` goes to Muon (tensors of more than two dimensions as
@@ -38,9 +38,9 @@ class MuonMVR(Gluon):
         ns_steps: iterations of the polar factor, ≥ 1 (`svd` has none).
         adamw_betas, eps: of AdamW.
         polar: newton_schulz, polar_express, svd.
-        process_group: as in `Gluon`. DTensor parameters (FSDP2) are refused: use `GluonMVR3`.
+        process_group: as in `Gluon`. DTensor parameters (FSDP2) are refused: use `PreviousBatchMVR` or `GluonMVR1`.
 
-    A step with `is_approx=False`, previous batch first (MVR-3):
+    A step with `is_approx=False`, previous batch first:
 
         if previous is not None:
             loss(*previous).backward()
@@ -57,7 +57,12 @@ class MuonMVR(Gluon):
     gradient, and nothing is trained.
     """
 
-    _starts_whole = False
+    rules: ClassVar[dict[str, Rule]] = {
+        "gamma": NON_NEGATIVE,
+        "is_approx": SWITCH,
+        "use_muon": SWITCH,
+        "ns_steps": Rule(lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 1, "an integer ≥ 1"),
+    }
 
     def __init__(
         self,
@@ -74,6 +79,8 @@ class MuonMVR(Gluon):
         *,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
+        if not PAIR.allows(adamw_betas):
+            raise ValueError(f"adamw_betas must be {PAIR.allowed}, got {adamw_betas!r}")
         super().__init__(
             params, lr, momentum, weight_decay, scale="moonlight", polar=polar, betas=adamw_betas, eps=eps,
             process_group=process_group, gamma=gamma, is_approx=is_approx, ns_steps=ns_steps,
@@ -85,14 +92,14 @@ class MuonMVR(Gluon):
 
         They are copied. A parameter whose `.grad` is None has nothing recorded, hence no correction.
         """
-        for group in self.param_groups:
-            if not group["use_muon"] or group["is_approx"]:
-                continue
-            for p in group["params"]:
-                state = self.state[p]
-                state["recorded"] = p.grad is not None
-                if state["recorded"] and self._owns(p):
-                    state["last_grad"].copy_(gradient_of(p, state["last_grad"]))
+        for group, p in self._params():
+            if group["use_muon"] and not group["is_approx"]:
+                self.state[p]["recorded"] = p.grad is not None
+                self._record(p)
+
+    def _record(self, p: Tensor) -> None:
+        if p.grad is not None and self._owns(p):
+            self.state[p]["last_grad"].copy_(self._gradient(p))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's; a group without `use_muon` becomes two, of the 2-D parameters and of the rest."""
@@ -109,21 +116,9 @@ class MuonMVR(Gluon):
         if "adamw_betas" in group:
             group["betas"] = group.pop("adamw_betas")
         super().add_param_group(group)
-        for p in self.param_groups[-1]["params"]:
-            self.state[p]["recorded"] = False
 
-    def _check_group(self, group: dict[str, Any]) -> None:
-        def require(name: str, ok: bool, allowed: str, key: str | None = None) -> None:
-            if not ok:
-                raise ValueError(f"{name} must be {allowed}, got {group[key or name]!r}")
-
-        gamma, betas, steps = group["gamma"], group["betas"], group["ns_steps"]
-        require("use_muon", isinstance(group["use_muon"], bool), "True or False")
-        require("is_approx", isinstance(group["is_approx"], bool), "True or False")
-        require("gamma", is_number(gamma) and 0 <= float(gamma) < math.inf, "a finite number ≥ 0")
-        require("ns_steps", isinstance(steps, int) and not isinstance(steps, bool) and steps >= 1, "an integer ≥ 1")
-        pair = isinstance(betas, tuple | list) and len(betas) == 2 and all(is_number(b) and 0 <= float(b) < 1 for b in betas)
-        require("adamw_betas", pair, "two numbers in [0, 1)", "betas")
+    def _check_group(self, group: Group) -> None:
+        super()._check_group(group)
         for p in group["params"]:
             if group["use_muon"] and p.ndim < 2:
                 raise ValueError(
@@ -131,28 +126,39 @@ class MuonMVR(Gluon):
                     "into a group with use_muon=False"
                 )
             if isinstance(p, DTensor):
-                raise ValueError("params must be plain tensors for MuonMVR, got a DTensor: use GluonMVR1, 2 or 3 with FSDP2")
-        super()._check_group(group)
+                raise ValueError(
+                    "params must be plain tensors for MuonMVR, got a DTensor: use SingleBatchMVR, PreviousBatchMVR or "
+                    "GluonMVR1 with FSDP2"
+                )
 
-    def _buffer_names(self, group: dict[str, Any]) -> list[str]:
+    def _buffer_names(self, group: Group) -> list[str]:
         return [*super()._buffer_names(group), *(["last_grad"] if group["use_muon"] else [])]
 
-    def _fold(self, group: dict[str, Any], states: list[dict[str, Any]], gradients: list[Tensor]) -> None:
+    def _fresh_scalars(self, group: Group) -> dict[str, Any]:
+        return super()._fresh_scalars(group) | ({"recorded": False} if group["use_muon"] else {})
+
+    @torch.no_grad()
+    def _fold_gradients(self, corrected: dict[Tensor, bool] | None = None) -> None:
+        muon = [p for group, p in self._params() if group["use_muon"] and p.grad is not None]
+        for p in muon:  # where nothing is recorded, `last` is g itself: no correction
+            if not self.state[p]["recorded"]:
+                self._record(p)
+        super()._fold_gradients(corrected)
+        for group, p in self._params():
+            if group["is_approx"] and group["use_muon"] and p.grad is not None:
+                self._record(p)
+                self.state[p]["recorded"] = True
+
+    def fold(self, group: Group, buffers: Buffers, past: dict[str, float], gradients: list[Tensor]) -> None:
+        """C ← g + γβ/(1-β) (g - last), clipped; M ← β M + (1-β) C from M = 0, hence no bias correction."""
         beta = float(group["momentum"])
         share = float(group["gamma"]) * beta / (1 - beta)
-        corrected = [
-            torch.lerp(s["last_grad"], g, 1 + share) if s["recorded"] else g.clone()
-            for s, g in zip(states, gradients, strict=True)
-        ]
+        corrected = torch._foreach_lerp(buffers["last_grad"], gradients, 1 + share)
         # Divide by max(1, norm) on the device: an `if norm > 1` would make the host wait for every matrix.
         divisors = torch._foreach_norm(corrected)
         torch._foreach_clamp_min_(divisors, 1.0)
         torch._foreach_div_(corrected, divisors)
-        torch._foreach_lerp_([s["momentum_buffer"] for s in states], corrected, 1 - beta)
-        if group["is_approx"]:
-            torch._foreach_copy_([s["last_grad"] for s in states], gradients)
-            for s in states:
-                s["recorded"] = True
+        torch._foreach_lerp_(buffers["momentum_buffer"], corrected, 1 - beta)
 
 
 def _tensor(param: Any) -> Tensor:

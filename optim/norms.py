@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from optim.polar import METHODS, normalized, polar
+from .polar import METHODS, normalized, polar
 
 SCALES = ("scion", "muon", "moonlight", "none")
 

@@ -1,0 +1,140 @@
+"""Parameters whose directions are computed in one batched call and travel in one message."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from .exchange import Alone, local
+from .norms import Norm, Sign, Spectral
+from .polar import work_dtype
+
+# The most elements of a bucket (or one parameter). Buckets exist so that one can travel while the next is computed, and to
+# bound the memory of a step beside the momentum.
+BUCKET_ELEMENTS = 2**26
+# On a CPU without communication: what fits into its caches, and what malloc can reuse instead of faulting in fresh pages.
+CPU_BUCKET_ELEMENTS = 2**18
+
+
+def buffer_dtype(p: Tensor) -> torch.dtype:
+    """Momentum is float32 at least, and float64 for float64 parameters."""
+    return torch.promote_types(p.dtype, torch.float32)
+
+
+def travel_dtype(p: Tensor, norm: Norm | None) -> torch.dtype:
+    """Directions travel in the dtype that they are computed in, signs in one byte."""
+    if isinstance(norm, Sign):
+        return torch.int8
+    if isinstance(norm, Spectral):
+        return work_dtype(local(p).new_empty(0, dtype=buffer_dtype(p)), norm.polar)
+    return buffer_dtype(p)
+
+
+def split(params: Sequence[Tensor], norm_of: Callable[[Tensor], Norm | None], alone: bool) -> Iterator[list[Tensor]]:
+    """The parameters of a group, bucket by bucket.
+
+    A bucket has one device, one dtype and one placement, and for spectral norms one shape up to transposition. `alone`: the
+    directions stay on this rank.
+    """
+    alike: dict[object, list[Tensor]] = {}
+    for p in params:
+        if p.numel() == 0:
+            continue
+        shape = None
+        if isinstance(norm_of(p), Spectral):
+            shape = tuple(sorted((p.shape[0], math.prod(p.shape[1:]))))
+        place = (p.device_mesh, p.placements) if isinstance(p, DTensor) else p.device
+        alike.setdefault((shape, p.dtype, place), []).append(p)
+    for members in alike.values():
+        limit = CPU_BUCKET_ELEMENTS if alone and members[0].device.type == "cpu" else BUCKET_ELEMENTS
+        part: list[Tensor] = []
+        for p in members:
+            if part and sum(q.numel() for q in part) + p.numel() > limit:
+                yield part
+                part = []
+            part.append(p)
+        yield part
+
+
+class Bucket:
+    """Parameters on their way through an update: inputs to their owners, directions back, weights moved.
+
+    Arguments:
+        params: the members.
+        norm: their norm; None if the inputs are the directions already (AdamW).
+        exchange: how inputs and directions travel.
+        inputs: gives this rank's part of each member's LMO input, None if it has none.
+        moves: whether each member moves, as far as this rank knows.
+        step: lr · radius of the update.
+        decay: lr · weight_decay of the update.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        norm: Norm | None,
+        exchange: Alone,
+        inputs: Callable[[], list[Tensor | None]],
+        moves: Sequence[bool],
+        step: float,
+        decay: float,
+    ) -> None:
+        self._params, self._norm, self._exchange = params, norm, exchange
+        self._inputs: Callable[[], list[Tensor | None]] | None = inputs
+        self._moves, self._step, self._decay = moves, step, decay
+
+    def gather(self) -> None:
+        """Start to bring the inputs to their owners."""
+        assert self._inputs is not None
+        self._exchange.gather(self._inputs)
+        self._inputs = None
+
+    def send_directions(self) -> None:
+        """Compute the directions of the members that this rank owns, and start to send them."""
+        members = [m if moves else None for m, moves in zip(self._exchange.whole(), self._moves, strict=True)]
+        if isinstance(self._norm, Spectral):
+            _replace_by_polar_factors(members, self._norm)
+        elif self._norm is not None:
+            members = [None if m is None else self._norm.direction(m.flatten(1) if m.ndim > 2 else m) for m in members]
+        self._exchange.spread(members)
+
+    def move_weights(self) -> None:
+        """Wait for the directions and move the weights (the host does not wait for the device)."""
+        pieces, flags = self._exchange.receive()
+        keep: Sequence[float | Tensor] = [1 - self._decay] * len(pieces)
+        if flags is not None and self._decay:
+            keep = (1 - self._decay * flags.to(buffer_dtype(self._params[0]))).unbind()
+        alike: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
+        for (i, rows, direction), kept in zip(pieces, keep, strict=True):
+            weights = local(self._params[i])
+            weights = weights[rows] if weights.ndim else weights
+            if self._decay:
+                weights.mul_(kept)
+            alpha = -self._step * (self._norm.factor(self._params[i].shape) if self._norm else 1.0)
+            if direction.is_floating_point():
+                targets, directions = alike.setdefault(alpha, ([], []))
+                targets.append(weights)
+                directions.append(direction.reshape(weights.shape))
+            else:  # signs in one byte: this adds them without a float copy
+                weights.add_(direction.view(weights.shape), alpha=alpha)
+        for alpha, (targets, directions) in alike.items():
+            torch._foreach_add_(targets, directions, alpha=alpha)
+
+
+def _replace_by_polar_factors(members: list[Tensor | None], norm: Spectral) -> None:
+    """Replace the matrices of the list, all of one shape up to transposition, by their directions in one batched call."""
+    present = [i for i, m in enumerate(members) if m is not None]
+    if not present:
+        return
+    matrices = [members[i].flatten(1) for i in present]
+    tall = [m.size(0) > m.size(1) for m in matrices]
+    wide = [m.mT if t else m for m, t in zip(matrices, tall, strict=True)]
+    stack = torch.empty((len(wide), *wide[0].shape), dtype=work_dtype(wide[0], norm.polar), device=wide[0].device)
+    torch._foreach_copy_(list(stack.unbind()), wide)
+    for i in present:  # frees inputs that were made for this call
+        members[i] = None
+    del matrices, wide
+    for i, t, direction in zip(present, tall, norm.direction(stack, overwrite=True).unbind(), strict=True):
+        members[i] = direction.mT if t else direction
