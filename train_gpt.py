@@ -14,8 +14,8 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
+from common.errors import UserError, leave, one_line_errors
 from training.config import Config, load_config
-from training.errors import UserError, leave, one_line_errors
 
 if __name__ == "__main__":  # a mistake in the options is told before torch takes its seconds to load
     with one_line_errors("train_gpt"):

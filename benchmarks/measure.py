@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from common.machine import cpu_name
+
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "benchmarks"
 UNITS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 # Variables that hold the libraries to older instructions.
@@ -125,15 +127,11 @@ def tensor_bytes(value: Any, seen: set[int] | None = None) -> int:
 
 def machine(device: torch.device) -> dict[str, Any]:
     """What the figures were measured on."""
-    cpu, flags = platform.processor() or platform.machine(), ""
-    info = Path("/proc/cpuinfo")
+    info, flags = Path("/proc/cpuinfo"), ""
     if info.exists():
-        text = info.read_text()
-        found = re.search(r"model name\s*: (.*)", text)
-        cpu = found[1] if found else cpu
-        flags = (re.search(r"flags\s*: (.*)", text) or ["", ""])[1]
+        flags = (re.search(r"flags\s*: (.*)", info.read_text()) or ["", ""])[1]
     return {
-        "cpu": cpu,
+        "cpu": cpu_name(),
         "units": [u for u in UNITS if u in flags.split()],
         "held_to": {name: os.environ[name] for name in LIMITS if name in os.environ},
         "logical_cpus": os.cpu_count(),

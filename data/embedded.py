@@ -16,9 +16,9 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
+from common.errors import UserError
 from data.shards import check_split
 from data.tokenize_text import tokenize_documents
-from training.errors import UserError
 
 LICENCE = "public domain (17 U.S.C. § 105); the package: MIT"
 VAL_EVERY, VAL_FIRST = 40, 21  # every 40th address in the order of time: 2%

@@ -22,6 +22,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from common.errors import UserError, one_line_errors
+from common.files import sync_directory
 from data.shards import (
     Manifest,
     ShardInfo,
@@ -29,8 +31,6 @@ from data.shards import (
     shard_info,
     write_manifest,
 )
-from training.errors import UserError, one_line_errors
-from training.files import sync_directory
 
 if TYPE_CHECKING:
     from huggingface_hub.file_download import HfFileMetadata

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.errors import UserError
 from data.shards import check_split, open_shard
-from training.errors import UserError
 
 
 class TokenStream:

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from training.errors import UserError, one_line_errors
-from training.files import atomic_file
+from common.errors import UserError, one_line_errors
+from common.files import atomic_file
 
 MAGIC = 20240520
 VERSION = 1

@@ -24,9 +24,9 @@ from typing import Any
 
 import numpy as np
 
+from common.errors import UserError, one_line_errors
+from common.files import sync_directory
 from data.shards import Manifest, Progress, ShardWriter, list_shards, write_manifest
-from training.errors import UserError, one_line_errors
-from training.files import sync_directory
 
 ENCODINGS = ("gpt2", "bytes")
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")

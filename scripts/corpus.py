@@ -49,10 +49,10 @@ from urllib.parse import unquote
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from common.errors import UserError, one_line_errors
+from common.files import atomic_file
 from data.shards import list_shards, open_shard
 from data.tokenize_text import ENCODINGS, load_encoder, tokenize_documents
-from training.errors import UserError, one_line_errors
-from training.files import atomic_file
 
 CLIENT_SECONDS = 900
 LEAST_WORDS, LEAST_LETTERS = 5, 0.75  # of a paragraph

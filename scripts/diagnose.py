@@ -25,6 +25,7 @@ import torch
 from plot import COLOURS, INK, LOOK, STYLES
 from torch import Tensor, nn
 
+from common.errors import UserError, one_line_errors
 from data import embedded
 from data.loader import BatchLoader, TokenStream
 from data.shards import list_shards
@@ -33,7 +34,6 @@ from optim import Gluon
 from optim import diagnostics as diag
 from train_gpt import build_optimizer, set_schedule
 from training.config import Config, load_config
-from training.errors import UserError, one_line_errors
 
 WINDOW = 10  # updates over which the efficiency of the path is measured
 Gradients = list[Tensor]

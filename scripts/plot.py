@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from training.errors import UserError, one_line_errors
+from common.errors import UserError, one_line_errors
 
 AXES = {"update": "Updates", "passes": "Gradient evaluations", "seconds": "Seconds"}
 # Okabe and Ito's colours, told apart by colour-blind readers too (without yellow, which is too pale for a line).

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from common.errors import UserError, one_line_errors
 from scripts.plot import COLOURS, INK, LOOK
 from scripts.run_jobs import GOES_ON, ROOT, Job, records, run_all, validations
 from scripts.statistics_of_runs import (
@@ -50,7 +51,6 @@ from scripts.statistics_of_runs import (
 )
 from scripts.sweep import CONFIG, options_of
 from training.config import Config, load_config
-from training.errors import UserError, one_line_errors
 
 MINI_STEPS = {8: 200, 2: 400}
 MINI_VAL_EVERY = {8: 10, 2: 20}

@@ -26,11 +26,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from common.errors import UserError, one_line_errors
 from scripts.plot import COLOURS, INK, LOOK
 from scripts.run_jobs import GOES_ON, ROOT, Job, final_loss, records, run_all
 from scripts.statistics_of_runs import Interval, interval, paired, replace_section, strata
 from scripts.sweep import CONFIG, TUNING_SEED
-from training.errors import UserError, one_line_errors
 
 BUDGET = 600
 DRAWS = 8

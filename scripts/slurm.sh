@@ -26,7 +26,7 @@ restarts=${RESTARTS:-3}
 run_dir=$("$python" -c '
 import sys
 from training.config import load_config
-from training.errors import one_line_errors
+from common.errors import one_line_errors
 with one_line_errors("slurm"):
     config = load_config(sys.argv[1:])
     print(config.results_dir, config.run_name, sep="/")

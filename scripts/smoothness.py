@@ -52,6 +52,8 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from common.errors import UserError, one_line_errors
+from common.files import atomic_file
 from data import embedded
 from data.loader import BatchLoader, TokenStream
 from data.shards import list_shards
@@ -60,8 +62,6 @@ from optim.norms import Norm, get_norm
 from scripts.plot import COLOURS, LOOK
 from train_gpt import build_optimizer, set_schedule
 from training.config import Config, load_config
-from training.errors import UserError, one_line_errors
-from training.files import atomic_file
 
 ROOT = Path(__file__).resolve().parent.parent
 PENALTY = 10.0

@@ -21,9 +21,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from common.errors import UserError, one_line_errors
 from scripts.run_jobs import GOES_ON, ROOT, Job, final_loss, run_all
 from scripts.statistics_of_runs import Trial, first_stage, gradient_evaluations, less_momentum, replace_section, second_stage
-from training.errors import UserError, one_line_errors
 
 TITLES = {"gluon": "Gluon", "mvr1": "MVR-1", "mvr2": "MVR-2", "mvr3": "MVR-3", "nested": "nested MVR-2"}
 LRS = (7e-4, 1.4e-3, 2.8e-3)

@@ -23,9 +23,9 @@ import torch
 from train_runs import ROOT, TINY, Done, Trainer, data, free_port, trainer  # noqa: F401
 
 import train_gpt
+from common.errors import one_line_errors
 from data.shards import Manifest, shard_info, write_manifest, write_shard
 from training.config import load_config
-from training.errors import one_line_errors
 
 
 def files_below(*folders: Path) -> dict[Path, bytes]:

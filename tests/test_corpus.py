@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from common.errors import UserError
 from data.shards import list_shards, open_shard, read_manifest
-from training.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 SPEC = importlib.util.spec_from_file_location("corpus", ROOT / "scripts" / "corpus.py")

@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 from hub_server import HubServer
 
+from common.errors import UserError, one_line_errors
 from data import fineweb
 from data.shards import ShardInfo, check_split, list_shards, read_manifest, verify, write_shard
-from training.errors import UserError, one_line_errors
 
 pytest.importorskip("huggingface_hub")
 
@@ -32,7 +32,7 @@ import sys, time
 sleep = time.sleep
 time.sleep = lambda seconds: sleep(min(seconds, 0.02))
 from data import fineweb
-from training.errors import one_line_errors
+from common.errors import one_line_errors
 with one_line_errors("error"):
     fineweb.main()
 """

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.errors import UserError
 from data.loader import BatchLoader, TokenStream
 from data.shards import Manifest, write_manifest, write_shard
-from training.errors import UserError
 
 COUNTS = (700, 1, 1300, 64, 935)  # 3000 tokens, borders in awkward places
 

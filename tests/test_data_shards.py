@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.errors import UserError, one_line_errors
 from data import shards
 from data.shards import (
     HEADER_BYTES,
@@ -27,7 +28,6 @@ from data.shards import (
     write_manifest,
     write_shard,
 )
-from training.errors import UserError, one_line_errors
 
 ROOT = Path(__file__).resolve().parent.parent
 fuzz = settings(max_examples=300, deadline=None, derandomize=True, database=None)

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from common.errors import UserError, one_line_errors
 from data import embedded, tokenize_text
 from data.shards import check_split, list_shards, read_manifest, verify
 from data.tokenize_text import load_encoder, load_gpt2, tokenize_documents
-from training.errors import UserError, one_line_errors
 
 ROOT = Path(__file__).resolve().parent.parent
 

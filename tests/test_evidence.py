@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 
+from common.errors import UserError
 from data.shards import write_shard
 from model import GPT, GPTConfig
 from scripts import reproduce, sweep
@@ -29,7 +30,6 @@ from scripts.statistics_of_runs import (
     student_quantile,
     updates_for,
 )
-from training.errors import UserError
 
 METHODS = ("gluon", "mvr1", "mvr2", "mvr3", "nested")
 

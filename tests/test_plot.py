@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from training.errors import UserError
+from common.errors import UserError
 
 matplotlib = pytest.importorskip("matplotlib")
 ROOT = Path(__file__).resolve().parent.parent

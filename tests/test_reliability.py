@@ -20,11 +20,11 @@ import torch
 from train_runs import ROOT, Trainer, data, trainer  # noqa: F401
 
 import training.checkpoint
+from common.errors import UserError
 from data.loader import BatchLoader
 from model import GPT, MLP
 from training.checkpoint import list_checkpoints, newest_state, read_state
 from training.config import Config
-from training.errors import UserError
 from training.finite import FiniteGuard
 from training.metrics import Metrics, SpikeDetector
 from training.ranks import Ranks
@@ -445,7 +445,7 @@ sys.argv[0] = "train_gpt.py"
 import functools, train_gpt
 from test_reliability import at_step
 from training.config import load_config
-from training.errors import leave, one_line_errors
+from common.errors import leave, one_line_errors
 def die():
     open({flag!r}, "w").close()
     os.kill(os.getpid(), signal.SIGKILL)

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from common.errors import UserError
 from data.tokenize_text import tokenize_documents
 from optim.norms import get_norm
-from training.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 SPEC = importlib.util.spec_from_file_location("smoothness", ROOT / "scripts" / "smoothness.py")

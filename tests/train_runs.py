@@ -162,8 +162,8 @@ def _train(words: list[str], environment: dict[str, str], log: Path, patch: Call
     torch.set_num_threads(1)
 
     import train_gpt
+    from common.errors import one_line_errors
     from training.config import load_config
-    from training.errors import one_line_errors
 
     if patch is not None:
         patch()

@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-from training.errors import UserError, say
-from training.files import atomic_file, sync_directory
+from common.errors import UserError, say
+from common.files import atomic_file, sync_directory
 from training.ranks import Ranks
 
 _WAIT_SECONDS = 600.0

@@ -23,7 +23,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
-from training.errors import UserError
+from common.errors import UserError
 
 NORMS = ("spectral", "sign", "colnorm", "rownorm", "frobenius", "rms", "adamw", "auto")
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"

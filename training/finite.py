@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from common.errors import UserError, say
 from data.loader import BatchLoader
-from training.errors import UserError, say
 from training.ranks import Ranks
 
 _MOST_IN_A_ROW = 20

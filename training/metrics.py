@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from common.errors import UserError, say
 from training.config import Config
-from training.errors import UserError, say
 from training.ranks import Ranks
 
 # Dense bfloat16 peak of one device, FLOP/s, from the makers' data sheets (SXM where there are several).

@@ -18,8 +18,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from training import errors
-from training.errors import UserError
+from common import errors
+from common.errors import UserError
 
 T = TypeVar("T")
 

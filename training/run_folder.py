@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
+from common.errors import UserError
+from common.files import atomic_file
+from common.machine import cpu_name
 from training.checkpoint import has_checkpoints, newest_state, read_state
 from training.config import Config
-from training.errors import UserError
-from training.files import atomic_file
 
 REQUEUE = "requeue"
 _CONTENTS = (
@@ -173,7 +174,7 @@ def _describe(run_dir: Path, config: Config, step: int) -> None:
         "command": sys.argv,
         "ranks": int(os.environ.get("WORLD_SIZE", 1)),
         "platform": platform.platform(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -205,11 +206,3 @@ def _git(root: Path, *arguments: str) -> str:
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout if done.returncode == 0 else ""
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

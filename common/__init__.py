@@ -1,0 +1,1 @@
+"""What data and training both stand on. Imports nothing else of this repository."""

@@ -1,0 +1,13 @@
+"""What this machine is called."""
+
+import platform
+from pathlib import Path
+
+
+def cpu_name() -> str:
+    """The processor's model, as Linux names it; elsewhere what Python knows."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
