@@ -1,5 +1,6 @@
 """What a user can mend is a `UserError`: one line on stderr, exit code 2, no traceback."""
 
+import argparse
 import os
 import signal
 import sys
@@ -22,6 +23,13 @@ class UserError(Exception):
     def __init__(self, message: str, everywhere: bool = False) -> None:
         super().__init__(message)
         self.everywhere = everywhere
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser of a script's words, for which a wrong word is a `UserError`."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help says more")
 
 
 # Of several ranks that fail, the first to claim it tells the user. Set once the ranks have met.

@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from training.errors import UserError
+from common.errors import UserError
 
 AXES = {"update": "updates", "passes": "gradient evaluations", "tokens": "tokens", "seconds": "seconds"}
 LOSSES = ("val_loss", "train_loss")
