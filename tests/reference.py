@@ -1,12 +1,14 @@
-"""The recursions as the papers print them: float64, the SVD, a snapshot of the previous weights, one matrix at a time."""
+"""The formulas as they are printed: float64, the SVD, a copy of the previous weights, one parameter at a time."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-Gradient = Callable[[list[Tensor], object], list[Tensor | None]]
+Gradient = Callable[..., list[Tensor | None]]  # (weights, batch) -> one gradient per parameter, None where it has none
+Schedule = Callable[[int], float]
+DEFERRED = ("mvr1", "mvr2", "mvr3")
 
 
 def lmo(m: Tensor, norm: str) -> Tensor:
@@ -29,6 +31,50 @@ def lmo(m: Tensor, norm: str) -> Tensor:
     raise ValueError(norm)
 
 
+class Average:
+    """The weight of the past in an average of gradients.
+
+    With bias correction β_k = β W_{k-1} / W_k, where W_k = β W_{k-1} + (1-β) and W_{-1} = 0. Without it, 0 and then β.
+    """
+
+    def __init__(self, bias_correction: bool) -> None:
+        self.bias_correction, self.total = bias_correction, 0.0
+
+    def past(self, beta: float) -> float:
+        before, self.total = self.total, beta * self.total + (1 - beta)
+        if self.bias_correction:
+            return beta * before / self.total
+        return beta if before else 0.0
+
+
+class Parameter:
+    """M and d of one parameter, and how much each of them forgets."""
+
+    def __init__(self, weight: Tensor, bias_correction: bool) -> None:
+        self.m, self.d = torch.zeros_like(weight), torch.zeros_like(weight)
+        self.m_average, self.d_average = Average(bias_correction), Average(bias_correction)
+        self.started = False
+
+    def lmo_input(
+        self, variant: str, g: Tensor | None, hat: Tensor | None, corrected: bool, beta: float, gamma: float, q: float
+    ) -> Tensor | None:
+        """Take this step's gradients; None where the parameter has none, and so does not move."""
+        corrected = corrected and self.started  # else there are no previous weights
+        if g is None and (hat is None or not corrected):
+            return None
+        g = torch.zeros_like(self.m) if g is None else g
+        hat = torch.zeros_like(self.m) if hat is None else hat
+        beta, rest = self.m_average.past(beta), self.d_average.past(1 - q)
+        self.started = True
+        if corrected:
+            self.d = g + rest * (self.d - hat)
+            self.m = beta * self.m + (1 - beta) * self.d + gamma * beta * (g - hat)
+        else:
+            self.d = rest * self.d + (1 - rest) * g
+            self.m = beta * self.m + (1 - beta) * self.d
+        return (1 - gamma) * self.m + gamma * g if variant == "single_batch" else self.m
+
+
 def trajectory(
     variant: str,
     weights: Sequence[Tensor],
@@ -36,54 +82,36 @@ def trajectory(
     batches: Sequence[object],
     norms: Sequence[str],
     radii: Sequence[float],
-    lr: Callable[[int], float],
-    beta: Callable[[int], float],
-    gamma: Callable[[int], float],
-    decay: float,
-    inner: float | None = None,
+    lr: Schedule,
+    beta: Schedule,
+    gamma: Schedule = lambda _: 1.0,
+    decay: float = 0.0,
+    q: Schedule = lambda _: 0.5,
+    bias_correction: bool = True,
+    flushes: Iterable[int] = (),
 ) -> list[list[Tensor]]:
-    """X_0 … X_K of Gluon or MVR-1, -2, -3 (or the nested form), from `gradient(weights, batch)`."""
+    """X_0 … X_K of gluon, mvr1, mvr2, mvr3, single_batch or previous_batch.
+
+    `gradient(weights, batch)` is g_k, `gradient(weights, batch, old=True)` is ĝ_k. A flush comes after a step of `flushes`.
+    """
     x = [w.detach().clone().double() for w in weights]
-    path = [[w.clone() for w in x]]
-    m: list[Tensor] = []
-    d: list[Tensor] = []
-    x_old: list[Tensor] = []
-    g_old: list[Tensor] = []
+    path = [x]
+    parameters = [Parameter(w, bias_correction) for w in x]
+    x_old: list[Tensor] | None = None
     for k, batch in enumerate(batches):
-        b, c = beta(k), gamma(k)
+        scale = gamma(k - 1) if variant == "previous_batch" and k else 0.0 if variant in ("gluon", "mvr2") else gamma(k)
+        new_weight = q(k) if variant in ("mvr2", "mvr3") else 1.0
         g = gradient(x, batch)
-        if k == 0:
-            m, d = [t.clone() for t in g], [t.clone() for t in g]
-        else:
-            if variant == "mvr1":
-                hat = g_old
-            elif variant == "mvr2":
-                hat = gradient(x_old, batch)
-            elif variant == "mvr3":
-                hat, c = gradient(x, batches[k - 1]), gamma(k - 1)
-            else:
-                hat, c = g, 0.0
-            if inner is not None:
-                d = [gi + (1 - inner) * (di - hi) for gi, di, hi in zip(g, d, hat, strict=True)]
-                m = [b * mi + (1 - b) * di for mi, di in zip(m, d, strict=True)]
-            elif variant == "mvr1" and c != gamma(k - 1):  # where γ moves: the definition by the average E
-                e = _average(batches, path, gradient, beta, k)
-                m = [(1 - c) * ei + c * gi for ei, gi in zip(e, g, strict=True)]
-            else:
-                m = [b * mi + (1 - b) * gi + c * b * (gi - hi) for mi, gi, hi in zip(m, g, hat, strict=True)]
-        g_old, x_old = g, [w.clone() for w in x]
-        x = [
-            (1 - lr(k) * decay) * w + lr(k) * radius * lmo(mi, norm)
-            for w, mi, norm, radius in zip(x, m, norms, radii, strict=True)
-        ]
-        path.append([w.clone() for w in x])
+        hat = None
+        if scale > 0 or new_weight < 1:
+            if variant in DEFERRED and x_old is not None:
+                hat = gradient(x_old, batch, old=True)
+            elif variant == "previous_batch" and k:
+                hat = gradient(x, batches[k - 1], old=True)
+        x_old, x = (None if k in flushes else x), [w.clone() for w in x]
+        for i, p in enumerate(parameters):
+            m = p.lmo_input(variant, g[i], hat and hat[i], hat is not None, beta(k), scale, new_weight)
+            if m is not None:
+                x[i] = (1 - lr(k) * decay) * x[i] + lr(k) * radii[i] * lmo(m, norms[i])
+        path.append(x)
     return path
-
-
-def _average(batches: Sequence[object], path: list[list[Tensor]], gradient: Gradient, beta: Callable, k: int) -> list[Tensor]:
-    """E_k = β E_{k-1} + (1-β) g_k, from the start."""
-    e = gradient(path[0], batches[0])
-    for j in range(1, k + 1):
-        g = gradient(path[j], batches[j])
-        e = [beta(j) * ei + (1 - beta(j)) * gi for ei, gi in zip(e, g, strict=True)]
-    return e
