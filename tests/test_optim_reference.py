@@ -36,7 +36,7 @@ START, TARGETS, MEANS = data()
 
 
 def missing(k: int, i: int, old: bool) -> bool:
-    """Whether parameter i has no gradient in a pass over batch k: the first always has one, the second only from batch 10 on."""
+    """Whether parameter i has no gradient in a pass over batch k: the first always has one, the second from batch 10 on."""
     if i == 1 and k < 10:
         return True
     return i > 0 and ((5 * k + i) % 4 == 0 if old else (7 * k + 3 * i) % 5 == 0)

@@ -1,0 +1,113 @@
+"""Every scheduler of torch moves every class, with the learning rate as a number and as a tensor."""
+
+import pytest
+import torch
+from optimizers import ALL, VARIANTS, Net, all_classes, closure_of, distance, make, same, train, weights
+from torch import nn
+from torch.optim import lr_scheduler, swa_utils
+
+STEPS = 8
+
+
+def sequential(o):
+    parts = [lr_scheduler.LinearLR(o, 0.1, total_iters=3), lr_scheduler.ExponentialLR(o, 0.8)]
+    return lr_scheduler.SequentialLR(o, parts, milestones=[3])
+
+
+def chained(o):
+    return lr_scheduler.ChainedScheduler([lr_scheduler.ConstantLR(o, 0.5, 3), lr_scheduler.ExponentialLR(o, 0.8)])
+
+
+SCHEDULERS = {
+    "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda k: 1 / (k + 1)),
+    "MultiplicativeLR": lambda o: lr_scheduler.MultiplicativeLR(o, lambda k: 0.9),
+    "StepLR": lambda o: lr_scheduler.StepLR(o, 2, 0.5),
+    "MultiStepLR": lambda o: lr_scheduler.MultiStepLR(o, [2, 4], 0.5),
+    "ConstantLR": lambda o: lr_scheduler.ConstantLR(o, 0.5, 3),
+    "LinearLR": lambda o: lr_scheduler.LinearLR(o, 0.1, total_iters=4),
+    "ExponentialLR": lambda o: lr_scheduler.ExponentialLR(o, 0.8),
+    "PolynomialLR": lambda o: lr_scheduler.PolynomialLR(o, 10, 2.0),
+    "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, 5),
+    "CosineAnnealingWarmRestarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 3),
+    "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, 0.01, 0.05, 2, base_momentum=0.7, max_momentum=0.9),
+    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, 0.05, total_steps=STEPS + 2),
+    "SequentialLR": sequential,
+    "ChainedScheduler": chained,
+    "SWALR": lambda o: swa_utils.SWALR(o, 0.001, 4),
+    "ReduceLROnPlateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, factor=0.5, patience=0),
+}
+
+
+def scheduled(variant, build, lr):
+    """The weights, and the lr and momentum of each step and group, under a scheduler."""
+    net = Net()
+    optimizer = make(variant, net, lr=lr)
+    schedule = build(optimizer)
+    settings = []
+    for k in range(STEPS):
+        settings.append([(float(g["lr"]), g["momentum"]) for g in optimizer.param_groups])
+        optimizer.step(closure_of(net, k))
+        schedule.step(*[float(k)] * isinstance(schedule, lr_scheduler.ReduceLROnPlateau))
+    optimizer.flush()
+    return weights(net), settings
+
+
+def by_hand(variant, settings):
+    """The same with settings that are written into the groups."""
+    net = Net()
+    optimizer = make(variant, net, lr=0.02)
+    for k, row in enumerate(settings):
+        for group, (lr, momentum) in zip(optimizer.param_groups, row, strict=True):
+            group["lr"], group["momentum"] = lr, momentum
+        optimizer.step(closure_of(net, k))
+    optimizer.flush()
+    return weights(net)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_schedulers(name):
+    """Every class takes each step with what the scheduler says then, which torch's SGD agrees with; lr as a tensor too."""
+    reference = torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.02, momentum=0.8)
+    schedule, expected = SCHEDULERS[name](reference), []
+    for k in range(STEPS):
+        expected.append((reference.param_groups[0]["lr"], reference.param_groups[0]["momentum"]))
+        reference.step()
+        schedule.step(*[float(k)] * isinstance(schedule, lr_scheduler.ReduceLROnPlateau))
+    assert len({lr for lr, _ in expected}) > 1, "the schedule moves"
+    for variant in ALL:
+        end, settings = scheduled(variant, SCHEDULERS[name], 0.02)
+        assert all(pair == row_pair for pair, row in zip(expected, settings, strict=True) for row_pair in row), variant
+        assert same(end, by_hand(variant, settings)), variant
+        tensor_end, tensor_settings = scheduled(variant, SCHEDULERS[name], torch.tensor(0.02, dtype=torch.float64))
+        assert torch.allclose(torch.tensor(tensor_settings), torch.tensor(settings), rtol=1e-6), variant
+        assert distance(tensor_end, end) < 1e-6, variant
+
+
+@pytest.mark.parametrize("name", ["OneCycleLR", "CyclicLR"])
+@all_classes
+def test_cycles_move_the_momentum(variant, name):
+    """torch cycles `betas` wherever they stand in the defaults, and then never the momentum."""
+    net = Net()
+    optimizer = make(variant, net)
+    assert "betas" not in optimizer.defaults
+    assert [("betas" in g) for g in optimizer.param_groups] == [g["norm"] == "adamw" for g in optimizer.param_groups]
+    schedule = SCHEDULERS[name](optimizer)
+    moved = []
+    for k in range(4):
+        moved.append(optimizer.param_groups[0]["momentum"])
+        optimizer.step(closure_of(net, k))
+        schedule.step()
+    assert len(set(moved)) == 4
+
+
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v != "gluon"])
+def test_gamma_and_q_can_be_scheduled(variant):
+    """What is written into the groups before a step holds for it (the values: test_optim_reference.py)."""
+    for option, value in VARIANTS[variant].keywords.items():
+        nets, ends = (Net(), Net()), []
+        for net, scheduled_value in zip(nets, (value, value / 2), strict=True):
+            optimizer = make(variant, net)
+            for group in optimizer.param_groups:
+                group[option] = scheduled_value
+            ends.append(train(net, optimizer, range(3))[-1])
+        assert distance(*ends) > 1e-5, option
