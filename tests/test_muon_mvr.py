@@ -175,7 +175,7 @@ def make(net, **options):
 @pytest.mark.parametrize("in_place", [False, True])
 def test_standard_loop(in_place):
     """Zeroing in place must not reach what was recorded: it is a copy."""
-    data, net = list(batches(20)), Net()
+    data, net = list(batches(50)), Net()
     expected = reference([[b] for b in data], lambda k, x, *_: gradient(x, [data[k - 1]]) if k else None)
     assert_path(standard_loop(net, make(net), data, in_place), expected)
     assert_other_path(reference([[b] for b in data], lambda *_: None), expected)
@@ -197,7 +197,7 @@ def test_the_printed_accumulation_loop_never_trains():
 
 
 def test_snapshot_loop():
-    data, net = list(batches(20)), Net()
+    data, net = list(batches(50)), Net()
     expected = reference([[b] for b in data], lambda k, x, x_old, _: gradient(x_old, [data[k]]) if k else None)
     assert_path(snapshot_loop(net, make(net), data), expected)
 
@@ -205,7 +205,7 @@ def test_snapshot_loop():
 @pytest.mark.parametrize("calls_update", [False, True])
 def test_approximate_loop(calls_update):
     """MVR-1 compares with the previous step's gradient, whether or not the loop is that of MVR-3."""
-    data, net = list(batches(20)), Net()
+    data, net = list(batches(50)), Net()
     optimizer = make(net, is_approx=True)
     if calls_update:
         path = standard_loop(net, optimizer, data)
@@ -233,12 +233,12 @@ def test_defaults():
     net = Net()
     optimizer = MuonMVR(net.parameters())
     muon, adamw = optimizer.param_groups
-    chosen = {name: muon[name] for name in ("lr", "momentum", "gamma", "is_approx", "weight_decay", "ns_steps", "eps", "polar")}
+    chosen = {name: muon[name] for name in ("lr", "momentum", "gamma", "is_approx", "weight_decay", "ns_steps", "polar")}
     assert chosen == {
-        "lr": 3e-3, "momentum": 0.95, "gamma": 0.025, "is_approx": False, "weight_decay": 0.0, "ns_steps": 5, "eps": 1e-8,
+        "lr": 3e-3, "momentum": 0.95, "gamma": 0.025, "is_approx": False, "weight_decay": 0.0, "ns_steps": 5,
         "polar": "newton_schulz",
     }  # fmt: skip
-    assert adamw["betas"] == (0.95, 0.99)
+    assert adamw["betas"] == (0.95, 0.99) and adamw["eps"] == 1e-8
     assert muon["params"] == [net.first.weight, net.second.weight] and muon["use_muon"]
     assert adamw["params"] == [net.gain, net.first.bias] and not adamw["use_muon"]
     assert isinstance(optimizer, torch.optim.Optimizer)
@@ -528,7 +528,7 @@ def test_bfloat16_parameters_keep_float32_state():
 )
 def test_bad_arguments(name, value, allowed):
     with pytest.raises(ValueError, match=rf"^{name} must be .*{allowed}") as error:
-        MuonMVR([nn.Parameter(torch.ones(2, 2))], **{name: value})
+        MuonMVR([nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))], **{name: value})
     assert repr(value) in str(error.value)
 
 
