@@ -294,7 +294,7 @@ class LayerwiseOptimizer(Optimizer):
             divisors = torch._foreach_sqrt(buffers["exp_avg_sq"])
             torch._foreach_div_(divisors, math.sqrt(correction2))
             torch._foreach_add_(divisors, group["eps"])
-            torch._foreach_mul_(divisors, -correction1)  # minus: as an LMO, it points downhill
+            torch._foreach_mul_(divisors, correction1)
             quotients = torch._foreach_div(buffers["momentum_buffer"], divisors)
             directions.update(zip(members, quotients, strict=True))
         return [directions[p] for p in params]

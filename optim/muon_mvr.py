@@ -118,9 +118,8 @@ class MuonMVR(Gluon):
         super().add_param_group(group)
 
     def _check_group(self, group: Group) -> None:
-        super()._check_group(group)
         for p in group["params"]:
-            if group["use_muon"] and p.ndim < 2:
+            if group["use_muon"] is True and p.ndim < 2:
                 raise ValueError(
                     f"use_muon=True needs parameters of 2 dimensions or more, got one of shape {tuple(p.shape)}: put it "
                     "into a group with use_muon=False"
@@ -130,6 +129,7 @@ class MuonMVR(Gluon):
                     "params must be plain tensors for MuonMVR, got a DTensor: use SingleBatchMVR, PreviousBatchMVR or "
                     "GluonMVR1 with FSDP2"
                 )
+        super()._check_group(group)
 
     def _buffer_names(self, group: Group) -> list[str]:
         return [*super()._buffer_names(group), *(["last_grad"] if group["use_muon"] else [])]
