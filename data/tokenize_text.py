@@ -42,18 +42,25 @@ _GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++
 
 @dataclass(frozen=True)
 class Encoder:
-    """An encoding: its end of text, its vocabulary and how a batch of documents becomes token arrays."""
+    """An encoding: its end of text, its vocabulary, how a batch of documents becomes token arrays, and a token its bytes."""
 
     name: str
     vocab_size: int
     end_of_text: int
     encode: Callable[[list[str]], Iterable[np.ndarray]]
+    decode: Callable[[int], bytes]  # of one token, which may be a part of a character
 
 
 def load_encoder(name: str) -> Encoder:
     """The encoding of that name."""
     if name == "bytes":
-        return Encoder("bytes", 257, 256, lambda texts: (np.frombuffer(text.encode(), np.uint8) for text in texts))
+        return Encoder(
+            "bytes",
+            257,
+            256,
+            lambda texts: (np.frombuffer(text.encode(), np.uint8) for text in texts),
+            lambda token: bytes([token]),
+        )
     if name == "gpt2":
         gpt2 = load_gpt2()
         threads = os.cpu_count() or 1
@@ -62,7 +69,7 @@ def load_encoder(name: str) -> Encoder:
             for tokens in gpt2.encode_ordinary_batch(texts, num_threads=threads):
                 yield np.array(tokens, dtype=np.uint16)
 
-        return Encoder("gpt2", gpt2.n_vocab, gpt2.eot_token, encode)
+        return Encoder("gpt2", gpt2.n_vocab, gpt2.eot_token, encode, gpt2.decode_single_token_bytes)
     raise UserError(f"no encoding {name!r}; there are {', '.join(ENCODINGS)}")
 
 

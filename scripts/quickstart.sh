@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains Gluon and Gluon-MVR-1, -2, -3 on the embedded text, and draws their validation-loss curves.
+# Trains Gluon and Gluon-MVR-1, -2, -3 on the embedded text, draws their validation-loss curves, and lets the best one write.
 # Everything that it needs is installed into .venv. Run it again to go on after an interruption.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -18,3 +18,5 @@ else
     xargs -P 2 -I{} bash -c 'set -o pipefail; .venv/bin/python train_gpt.py --config configs/{}.py --resume auto | cat'
 fi
 .venv/bin/python scripts/plot.py $(printf 'results/%s ' $runs) --out results/quickstart.png
+echo
+.venv/bin/python -m scripts.sample $(printf 'results/%s ' $runs) --prompt "The people of the United States" --tokens 300
