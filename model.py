@@ -183,9 +183,16 @@ def linear_cross_entropy(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> 
         return _LinearCrossEntropy.apply(x_ND.to(dtype), weight_VD.to(dtype), targets_N, torch.is_grad_enabled())
 
 
-# The most logits of a chunk: half a GiB of float32 where memory is plenty, and what a CPU's allocator reuses (a larger
-# block is fresh memory every time, which is slow to fault in).
-_CHUNK = {"cuda": 1 << 27, "cpu": 1 << 22}
+def _chunk_rows(rows: int, vocabulary: int, device: str, compiled: bool) -> int:
+    """Rows of a chunk: equal shares in multiples of 128, whole tiles of a product.
+
+    Compiled, a chunk's float32 logits never reach memory, so it may be larger, and fewer chunks read the weight and its
+    gradient less often. On a CPU few logits stay in the cache, but products of few rows are slow.
+    """
+    most_logits = {"cuda": 2**29 if compiled else 2**27, "cpu": 2**22}.get(device, 2**24)
+    most_rows = max(512, most_logits // vocabulary)
+    chunks = -(-rows // most_rows)
+    return -(-rows // (128 * chunks)) * 128
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -193,25 +200,35 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, needs_gradient: bool) -> Tensor:  # noqa: ANN001
-        rows = max(1, _CHUNK.get(x.device.type, 1 << 24) // weight.size(0))
+        (N, V), compiled = (x.size(0), weight.size(0)), torch.compiler.is_compiling()
         wide = torch.promote_types(x.dtype, torch.float32)
         loss = torch.zeros((), dtype=wide, device=x.device)
         grad_x = torch.empty_like(x) if needs_gradient else None
         grad_weight = torch.zeros_like(weight, dtype=wide) if needs_gradient else None
-        for start in range(0, x.size(0), rows):
-            x_c, target_c = x[start : start + rows], targets[start : start + rows].unsqueeze(1)
+        rows = _chunk_rows(N, V, x.device.type, compiled)
+        for start in range(0, N, rows):
+            x_c, target_c = x[start : start + rows], targets[start : start + rows]
             logits = (x_c @ weight.T).to(wide)
-            log_z = logits.logsumexp(dim=1, keepdim=True)
-            loss += (log_z - logits.gather(1, target_c)).sum()
+            largest = logits.amax(dim=1, keepdim=True)
+            exp = logits.sub_(largest).exp_()
+            z = exp.sum(dim=1, keepdim=True)
+            # The target's logit a second time: a later look into the logits would keep a compiled chunk's in memory.
+            loss += (z.log() + largest).sum() - (x_c.to(wide) * weight[target_c]).sum()
             if needs_gradient:
-                error = (logits - log_z).exp_()
-                error.scatter_add_(1, target_c, torch.full_like(log_z, -1.0))
-                error = error.div_(x.size(0)).to(x.dtype)
+                probability = exp.div_(z)
+                if compiled:  # fuses, and needs no atomics; eagerly, it would be passes over all logits
+                    error = probability - (torch.arange(V, device=x.device) == target_c.unsqueeze(1)).to(wide)
+                else:
+                    error = probability.scatter_add_(1, target_c.unsqueeze(1), torch.full_like(z, -1.0))
+                error = error.div_(N).to(x.dtype)
                 grad_x[start : start + rows] = error @ weight
-                grad_weight += error.T @ x_c
+                if wide == x.dtype:
+                    grad_weight.addmm_(error.T, x_c)
+                else:
+                    grad_weight += error.T @ x_c
         if needs_gradient:
             ctx.save_for_backward(grad_x, grad_weight)
-        return loss / x.size(0)
+        return loss / N
 
     @staticmethod
     def backward(ctx, grad_loss: Tensor) -> tuple[Tensor, Tensor, None, None]:  # noqa: ANN001

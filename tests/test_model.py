@@ -54,7 +54,7 @@ def test_at_the_start_the_tied_head_predicts_its_input():
 
 
 def test_loss_and_gradients_are_those_of_plain_cross_entropy(monkeypatch):
-    monkeypatch.setitem(model_module._CHUNK, "cpu", 61 * 5)  # 32 rows in chunks of 5
+    monkeypatch.setattr(model_module, "_chunk_rows", lambda *_: 5)  # of 32
     gpt = small()
     for p in gpt.parameters():
         torch.nn.init.normal_(p, std=0.3)
@@ -73,30 +73,64 @@ def test_loss_and_gradients_are_those_of_plain_cross_entropy(monkeypatch):
 
 
 def test_cross_entropy_gradient_numerically(monkeypatch):
-    monkeypatch.setitem(model_module._CHUNK, "cpu", 11 * 3)
+    monkeypatch.setattr(model_module, "_chunk_rows", lambda *_: 3)
     x = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
     w = torch.randn(11, 5, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(11, (7,))
     assert torch.autograd.gradcheck(lambda x, w: 3 * linear_cross_entropy(x, w, targets), (x, w))
 
 
-def test_all_logits_never_exist_at_once():
+class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+    """The most elements of a tensor that is made."""
+
     largest = 0
 
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            nonlocal largest
-            out = func(*args, **(kwargs or {}))
-            if isinstance(out, torch.Tensor):
-                largest = max(largest, out.numel())
-            return out
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.largest = max(self.largest, out.numel())
+        return out
 
+
+def test_all_logits_never_exist_at_once():
     rows, vocabulary = 2048, 8192
     x = torch.randn(rows, 8, requires_grad=True)
     w = torch.randn(vocabulary, 8, requires_grad=True)
-    with Watch():
+    with Watch() as watch:
         linear_cross_entropy(x, w, torch.randint(vocabulary, (rows,))).backward()
-    assert largest <= model_module._CHUNK["cpu"] < rows * vocabulary
+    assert watch.largest == rows * vocabulary / 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_compiled_the_head_needs_no_scatter_and_gives_the_same_bits(dtype):
+    x = torch.randn(700, 8, dtype=dtype, requires_grad=True)
+    w = torch.randn(9000, 8, dtype=dtype, requires_grad=True)
+    targets = torch.randint(9000, (700,))
+    called = set()
+
+    def backend(module, inputs):
+        graphs = [m.graph for m in module.modules() if isinstance(m, torch.fx.GraphModule)]
+        called.update(str(node.target) for graph in graphs for node in graph.nodes)
+        return module.forward
+
+    found = []
+    for function in (linear_cross_entropy, torch.compile(linear_cross_entropy, backend=backend, fullgraph=True)):
+        loss = function(x, w, targets)
+        found.append((loss, *torch.autograd.grad(loss, (x, w))))
+    assert "exp_" in called and not any("scatter" in name for name in called)
+    for eager, compiled in zip(*found, strict=True):
+        assert torch.equal(eager, compiled)
+
+
+def test_chunks_are_whole_tiles_of_about_one_size():
+    for rows, vocabulary in [(1, 61), (2048, 257), (2048, 50304), (32768, 50304), (65536, 50304), (4000, 128256)]:
+        for device in ("cuda", "cpu", "mps"):
+            size = model_module._chunk_rows(rows, vocabulary, device, False)
+            larger = model_module._chunk_rows(rows, vocabulary, device, True)
+            assert size % 128 == larger % 128 == 0 and 0 < size <= larger
+            assert size <= 512 or size * vocabulary <= 2**27 + 128 * vocabulary
+            assert -(-rows // size) * size < rows + 128 * -(-rows // size), "no short last chunk"
+    assert model_module._chunk_rows(32768, 50304, "cuda", True) == 8192
 
 
 def test_autocast_gives_a_float32_loss_near_the_exact_one():
