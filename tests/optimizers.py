@@ -137,7 +137,7 @@ def same_path(a: list[list[Tensor]], b: list[list[Tensor]]) -> bool:
 
 def distance(a: Iterable[Tensor], b: Iterable[Tensor]) -> float:
     """The largest relative distance of two tensors of the same place."""
-    return max(float((x - y).norm() / y.norm()) for x, y in zip(a, b, strict=True))
+    return max(float((x - y).detach().norm() / y.detach().norm()) for x, y in zip(a, b, strict=True))
 
 
 def vector(*entries: float, dtype: torch.dtype = torch.float64) -> Tensor:

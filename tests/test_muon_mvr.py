@@ -50,7 +50,15 @@ def gradient(at: list[Tensor], micro_batches) -> list[Tensor]:
     return [g.clone() for g in torch.autograd.grad(loss, list(net.parameters()))]
 
 
-def reference(steps, last_of, gamma=GAMMA):
+def constant(k):
+    return {"lr": LR, "momentum": BETA, "gamma": GAMMA, "weight_decay": DECAY}
+
+
+def moving(k):
+    return {"lr": 0.1 / (k + 1) ** 0.5, "momentum": 1 - (k + 2) ** -0.5, "gamma": 0.1 + k / 50, "weight_decay": 0.01 * k}
+
+
+def reference(steps, last_of, settings=constant):
     """X_0, X_1, … as the formula says. `last_of(k, x, x_old, g_old)` is what step k compares with, or None."""
     x, path, x_old, g_old = weights(Net()), [], None, None
     first, second = ([torch.zeros_like(w) for w in x] for _ in range(2))
@@ -58,13 +66,14 @@ def reference(steps, last_of, gamma=GAMMA):
         g = gradient(x, micro_batches)
         last = last_of(k, x, x_old, g_old)
         x_old, g_old = x, g
+        lr, beta, gamma, decay = settings(k).values()
         moved = []
         for i, w in enumerate(x):
             if w.ndim == 2:
-                c = g[i] if last is None else g[i] + gamma * BETA / (1 - BETA) * (g[i] - last[i])
+                c = g[i] if last is None else g[i] + gamma * beta / (1 - beta) * (g[i] - last[i])
                 if c.norm() > 1:
                     c = c / c.norm()
-                first[i] = BETA * first[i] + (1 - BETA) * c
+                first[i] = beta * first[i] + (1 - beta) * c
                 u, _, vh = torch.linalg.svd(first[i], full_matrices=False)
                 update = 0.2 * math.sqrt(max(w.shape)) * u @ vh
             else:
@@ -72,7 +81,7 @@ def reference(steps, last_of, gamma=GAMMA):
                 second[i] = BETAS[1] * second[i] + (1 - BETAS[1]) * g[i] ** 2
                 m, v = first[i] / (1 - BETAS[0] ** (k + 1)), second[i] / (1 - BETAS[1] ** (k + 1))
                 update = m / (v.sqrt() + EPS)
-            moved.append((1 - LR * DECAY) * w - LR * update)
+            moved.append((1 - lr * decay) * w - lr * update)
         x = moved
         path.append(x)
     return path
@@ -216,6 +225,24 @@ def test_approximate_loop(calls_update):
             optimizer.step()
             path.append(weights(net))
     assert_path(path, reference([[b] for b in data], approximate))
+
+
+@pytest.mark.parametrize("is_approx", [False, True])
+def test_schedules(is_approx):
+    data, net = list(batches(50)), Net()
+    optimizer, path = make(net, is_approx=is_approx), []
+    for k, batch in enumerate(data):
+        for group in optimizer.param_groups:
+            group.update(moving(k))
+        if k and not is_approx:
+            net(*data[k - 1]).backward()
+            optimizer.update_last_grad()
+            optimizer.zero_grad()
+        net(*batch).backward()
+        optimizer.step()
+        path.append(weights(net))
+    previous = approximate if is_approx else lambda k, x, *_: gradient(x, [data[k - 1]]) if k else None
+    assert_path(path, reference([[b] for b in data], previous, moving))
 
 
 def test_the_loops_train():

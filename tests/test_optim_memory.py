@@ -72,13 +72,12 @@ def buffers(variant, norm):
     return 2 if norm == "adamw" or variant in ("mvr2", "mvr3", "muon_mvr") else 1
 
 
-@pytest.mark.parametrize("shape", [(64, 64), (64, 192)], ids=["square", "wide"])
 @pytest.mark.parametrize("norm", ["spectral", "sign", "colnorm", "frobenius", "adamw"])
-def test_no_variant_needs_more_than_gluon_and_its_estimator(norm, shape, monkeypatch):
+def test_no_variant_needs_more_than_its_buffers_and_one_gradient(norm, monkeypatch):
     """Measured with one parameter a bucket, so that what is held beside weights, buffers and one gradient is small."""
     monkeypatch.setattr(buckets, "CPU_BUCKET_ELEMENTS", 1)
     for variant in VARIANTS:
-        peak, held = memory(variant, norm, shape)
+        peak, held = memory(variant, norm, (64, 192))
         assert held == 1 + buffers(variant, norm), variant
         # The gradient, and a few temporaries of one parameter.
         assert peak <= held + 1 + 5.1 / LAYERS, f"{variant}: {peak} at its peak, {held} held"
@@ -98,24 +97,33 @@ def test_muon_mvr_keeps_one_gradient_more():
     assert held == 3
 
 
+@pytest.fixture
+def only_new_objects():
+    """Python's collector lists what is made in the test, not the hundred thousands of objects from before."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 def parameter_sized(shape):
     """How many tensors of this shape are alive, as far as Python knows."""
     return sum(type(o) in (Tensor, nn.Parameter) and o.shape == shape for o in gc.get_objects())
 
 
 @pytest.mark.parametrize("variant", ALL)
+@pytest.mark.usefixtures("only_new_objects")
 def test_live_tensors_between_steps(variant):
     """Another way to count: no copy of weights or gradients anywhere."""
     shape = torch.Size((17, 23))
-    before = parameter_sized(shape)
     p = nn.Parameter(torch.ones(shape))
     optimizer = make(variant, nn.ParameterList([p])) if variant == "muon_mvr" else VARIANTS[variant]([p])
     for _ in range(3):
         optimizer.step(lambda: (p * torch.arange(23)).square().sum().backward())
-        assert parameter_sized(shape) - before == 1 + buffers(variant, "spectral")
+        assert parameter_sized(shape) == 1 + buffers(variant, "spectral")
 
 
 @two_passes
+@pytest.mark.usefixtures("only_new_objects")
 def test_passes_share_one_gradient(variant):
     """When a pass begins, nothing of the other one's gradient is alive."""
     shape = torch.Size((19, 29))

@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from optimizers import ALL, VARIANTS, Net, all_classes, closure_of, distance, make, same, train, weights
+from optimizers import VARIANTS, Net, all_classes, closure_of, distance, make, same, train, weights
 from torch import nn
 from torch.optim import lr_scheduler, swa_utils
 
-STEPS = 8
+STEPS = 6
 
 
 def sequential(o):
@@ -78,7 +78,7 @@ def test_schedulers(name):
         reference.step()
         schedule.step(*[float(k)] * isinstance(schedule, lr_scheduler.ReduceLROnPlateau))
     assert len({lr for lr, _ in expected}) > 1, "the schedule moves"
-    for variant in ALL:
+    for variant in ("gluon", "mvr3", "previous_batch", "muon_mvr"):  # every order of passes, and the other interface
         end, settings = scheduled(variant, SCHEDULERS[name], 0.02)
         assert all(pair == row_pair for pair, row in zip(expected, settings, strict=True) for row_pair in row), variant
         assert same(end, by_hand(variant, settings)), variant

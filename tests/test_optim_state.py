@@ -75,8 +75,7 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("bias_correction", [True, False], ids=["corrected", "whole"])
-@pytest.mark.parametrize("done", [0, 1, 3])
+@pytest.mark.parametrize("done, bias_correction", [(0, True), (1, False), (3, True)])
 @pytest.mark.parametrize("way", WAYS)
 @variants
 def test_round_trip_in_mid_run(variant, way, done, bias_correction):

@@ -361,6 +361,7 @@ def test_no_reference_cycles(variant):
     closure = closure_of(net, 0)
     optimizer.step(closure)
     gc.collect()
+    gc.freeze()
     gc.disable()
     try:
         for _ in range(2):
@@ -373,6 +374,7 @@ def test_no_reference_cycles(variant):
         assert [r() for r in alive] == [None, None]
     finally:
         gc.enable()
+        gc.unfreeze()
 
 
 @all_classes
