@@ -1,16 +1,17 @@
-"""Hugging Face's `Trainer` with Gluon and MVR-1, by `optimizers=`.
+"""Hugging Face's `Trainer` with Gluon and SingleBatchMVR, by `optimizers=`.
 
     pip install transformers accelerate
     python examples/huggingface_trainer.py
 
-The Trainer accumulates gradients itself and then calls a bare `step()`. That is all that Gluon and MVR-1 need. It cannot
-evaluate a batch twice, so MVR-2 and MVR-3 raise a TypeError there: take the loop of accelerate_loop.py for them.
+The Trainer accumulates gradients itself and then calls a bare `step()`. That is all that Gluon and SingleBatchMVR need. It
+cannot evaluate a batch twice, so the variants with two passes raise a TypeError there. Use the loop of accelerate_loop.py for
+them.
 """
 
 import tempfile
 from typing import Any
 
-from task import MICRO, ROWS, STEPS, Net, batch, build, finish
+from task import MICRO, ONE_PASS, ROWS, STEPS, Net, batch, build, finish
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainingArguments
@@ -61,4 +62,4 @@ def train(variant: str, folder: str, resume: str | None = None, **arguments: Any
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
-        finish({variant: train(variant, folder) for variant in ("gluon", "mvr1")})
+        finish({variant: train(variant, folder) for variant in ONE_PASS})

@@ -3,16 +3,14 @@
     pip install lightning
     python examples/lightning_module.py
 
-Lightning's *automatic* optimization hands `step` a closure of its own, which zeroes the gradients and evaluates the current
-micro-batch. So, with automatic optimization:
+With manual optimization, as in `Manual` below, the closure holds the loop over the micro-batches, and everything works.
 
-- Gluon and MVR-1 work, with accumulate_grad_batches too;
-- MVR-2 and MVR-3 work without accumulation (the zeroing between two passes is ignored);
-- MVR-2 and MVR-3 with accumulate_grad_batches > 1 raise a RuntimeError: the earlier micro-batches' gradients lie in .grad
-  when `step` begins, and the closure could not evaluate those micro-batches again;
-- MVR-2 and MVR-3 with gradient_clip_val must not be used: it would clip after each pass, the sum of both after the second.
+Lightning's *automatic* optimization gives `step` a closure of its own, which evaluates the current micro-batch alone:
 
-With manual optimization, as below, the closure holds the loop over the micro-batches and everything works.
+- every variant works without gradient accumulation;
+- accumulate_grad_batches > 1 works with Gluon and SingleBatchMVR. Do not use it with the variants that evaluate a batch twice:
+  their step drops what lies in .grad when a pass begins, so only the last micro-batch of each step would count;
+- leave gradient_clip_val off: it would clip each pass by itself. The size of a step does not depend on the gradient's anyway.
 """
 
 import logging
@@ -21,7 +19,7 @@ from typing import Any
 
 import lightning
 import torch
-from task import MICRO, STEPS, Net, batch, build, finish
+from task import MICRO, OPTIMIZERS, STEPS, Net, batch, build, finish
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -44,6 +42,7 @@ class Manual(lightning.LightningModule):
             return
 
         def closure() -> Tensor:
+            self.optimizers().zero_grad()
             total = torch.zeros((), dtype=torch.float64, device=self.device)
             for x, y in self.waiting:
                 loss = self.net(x, y) / self.accumulate
@@ -55,7 +54,7 @@ class Manual(lightning.LightningModule):
         self.waiting.clear()
 
     def on_train_end(self) -> None:
-        self.optimizers().flush()  # MVR-2 holds its last update back
+        self.optimizers().flush()  # MVR-1, -2 and -3 hold their last update back
 
 
 class Automatic(lightning.LightningModule):
@@ -97,4 +96,4 @@ def train(variant: str) -> tuple[list[float], list[Tensor]]:
 
 
 if __name__ == "__main__":
-    finish({variant: train(variant) for variant in ("gluon", "mvr1", "mvr2", "mvr3")})
+    finish({variant: train(variant) for variant in OPTIMIZERS})

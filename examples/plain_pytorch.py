@@ -1,15 +1,16 @@
-"""A plain PyTorch loop: one line for every variant.
+"""A plain PyTorch loop: the same few lines for every variant.
 
     python examples/plain_pytorch.py
 
-A step is `optimizer.step(closure)`. The closure evaluates the loss of the batch and calls backward(); it zeroes nothing,
-since MVR-2 and MVR-3 call it twice and add or compare the gradients. Gluon and MVR-1 need only one gradient, so they also
-take the usual backward() and a bare step(). `step` leaves no gradient behind: zero_grad() is not needed.
+A step is `optimizer.step(closure)`. The closure is an ordinary one: it zeroes the gradients, evaluates the loss of the batch,
+calls backward() and returns the loss. MVR-1, -2, -3 and PreviousBatchMVR call it twice a step, at other weights each time.
+Gluon and SingleBatchMVR need one gradient, so they also take the usual backward() and a bare step(). `step` leaves no
+gradient behind.
 """
 
 from typing import Any
 
-from task import STEPS, Net, batch, build, finish
+from task import OPTIMIZERS, STEPS, Net, batch, build, finish
 from torch import Tensor
 
 
@@ -22,28 +23,29 @@ def train(variant: str, **options: Any) -> tuple[list[float], list[Tensor]]:
         x, y = batch(step)
 
         def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
+            optimizer.zero_grad()
             loss = net(x, y)
             loss.backward()
             return loss
 
         losses.append(optimizer.step(closure).item())
-    optimizer.flush()  # MVR-2 holds its last update back
+    optimizer.flush()  # MVR-1, -2 and -3 hold their last update back
     return losses, [p.detach() for p in net.parameters()]
 
 
 def train_with_bare_step(variant: str) -> tuple[list[float], list[Tensor]]:
-    """The loop that existing code has. MVR-2 and MVR-3 refuse it with a TypeError."""
+    """The loop that existing code has. Variants with two passes refuse it with a TypeError."""
     net = Net()
     optimizer = build(variant, net)
     losses = []
     for step in range(STEPS):
+        optimizer.zero_grad()
         loss = net(*batch(step))
         loss.backward()
         optimizer.step()
-        optimizer.zero_grad()
         losses.append(loss.item())
     return losses, [p.detach() for p in net.parameters()]
 
 
 if __name__ == "__main__":
-    finish({variant: train(variant) for variant in ("gluon", "mvr1", "mvr2", "mvr3")})
+    finish({variant: train(variant) for variant in OPTIMIZERS})

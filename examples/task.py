@@ -12,10 +12,19 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # not needed where `optim` is installed
-from optim import Gluon, GluonMVR1, GluonMVR2, GluonMVR3
+from optim import Gluon, GluonMVR1, GluonMVR2, GluonMVR3, PreviousBatchMVR, SingleBatchMVR
 
 STEPS, ROWS, MICRO = 30, 16, 8  # steps, samples of a batch, samples of a micro-batch
-OPTIMIZERS = {"gluon": Gluon, "mvr1": GluonMVR1, "mvr2": GluonMVR2, "mvr3": GluonMVR3}
+OPTIMIZERS = {
+    "gluon": (Gluon, {}),
+    "mvr1": (GluonMVR1, {"gamma": 0.2}),
+    "mvr2": (GluonMVR2, {"q": 0.5}),
+    "mvr3": (GluonMVR3, {"q": 0.5, "gamma": 0.2}),
+    "single_batch": (SingleBatchMVR, {"gamma": 0.2}),
+    "previous_batch": (PreviousBatchMVR, {"gamma": 0.2}),
+}
+ONE_PASS = [name for name, (kind, _) in OPTIMIZERS.items() if kind.passes == 1]
+TWO_PASSES = [name for name, (kind, _) in OPTIMIZERS.items() if kind.passes == 2]
 
 
 class Net(nn.Module):
@@ -44,14 +53,17 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
     return x, torch.sin(2 * x[:, :4]) + x[:, 4:] / 2 + noise / 2
 
 
-def build(variant: str, net: nn.Module, **options: Any) -> Gluon:
-    """An optimizer for a (wrapped or sharded) Net: spectral balls for matrices, rms for biases, a sign ball for the head."""
+def build(variant: str, net: nn.Module, **options: Any) -> torch.optim.Optimizer:
+    """An optimizer for a (wrapped or sharded) Net."""
+    kind, own = OPTIMIZERS[variant]
+    return kind(groups(net), lr=0.05, momentum=0.9, **own, **options)
+
+
+def groups(net: nn.Module) -> list[dict[str, Any]]:
+    """Spectral balls for matrices and rms for biases (what `auto` chooses by shape), a sign ball for the head."""
     head = [p for name, p in net.named_parameters() if "head" in name]
     others = [p for name, p in net.named_parameters() if "head" not in name]
-    groups = [{"params": others, "norm": "auto"}, {"params": head, "norm": "sign", "radius": 2.0}]
-    if variant != "gluon":
-        options = {"gamma": 0.2, **options}
-    return OPTIMIZERS[variant](groups, lr=0.05, momentum=0.9, **options)
+    return [{"params": others, "norm": "auto"}, {"params": head, "norm": "sign", "radius": 2.0}]
 
 
 def finish(runs: Mapping[str, tuple[Sequence[float], Sequence[Tensor]]]) -> None:

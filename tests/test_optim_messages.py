@@ -1,0 +1,99 @@
+"""What one step of GPT-124M sends among 8 and 64 ranks: torch's fake process group counts messages and bytes exactly."""
+
+import importlib
+import math
+from contextlib import contextmanager
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from model import GPT, GPTConfig
+from optim import Gluon, GluonMVR2
+
+SQUARE, TALL, EMBEDDING = 768 * 768, 3072 * 768, 50304 * 768
+SQUARES, TALLS = 48, 24  # and one embedding
+
+
+class Messages(TorchDispatchMode):
+    """The collectives that are called, as (name, bytes sent by this rank, bytes received)."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen: list[tuple[str, int, int]] = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        if function.namespace in ("c10d", "_c10d_functional"):
+            sizes = [a.nbytes for a in arguments if isinstance(a, Tensor)]
+            self.seen.append((function.__name__.split(".")[0].strip("_"), min(sizes, default=0), max(sizes, default=0)))
+        return function(*arguments, **(options or {}))
+
+
+@contextmanager
+def rank_of(rank: int, world: int):
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def weights():
+    """The embedding and the matrices of the blocks, with a gradient beside them."""
+    with torch.no_grad():
+        net = GPT(GPTConfig())
+    blocks = list(net.blocks.parameters())
+    assert [sum(p.numel() == n for p in blocks) for n in (SQUARE, TALL)] == [SQUARES, TALLS] and len(blocks) == SQUARES + TALLS
+    return {"embedding": [net.embedding.weight], "blocks": blocks}
+
+
+def groups(weights) -> list[dict]:
+    return [{"params": weights["blocks"], "norm": "spectral"}, {"params": weights["embedding"], "norm": "sign"}]
+
+
+def buffer_bytes(optimizer, params: list[nn.Parameter], name: str) -> int:
+    return sum(optimizer.state[p][name].nbytes for p in params if optimizer.state[p].get(name) is not None)
+
+
+@pytest.mark.parametrize("world", [8, 64])
+def test_a_step_is_three_padded_all_gathers(weights, world):
+    """One per bucket, each as long as the largest rank's part, with a flag per piece; the embedding's signs as bytes."""
+    expected = sorted(
+        (
+            math.ceil(SQUARES / world) * (SQUARE + 1) * 4,
+            math.ceil(TALLS / world) * (TALL + 1) * 4,
+            math.ceil(50304 / world) * 768 + 1,
+        )
+    )
+    # One iteration of the polar factor sends as much as five.
+    with rank_of(world - 1, world), mock.patch.object(importlib.import_module("optim.polar"), "_STEPS", 1):
+        optimizer = Gluon(groups(weights), lr=0.0)
+        for step in range(2):
+            for p in weights["blocks"] + weights["embedding"]:
+                p.grad = torch.ones(()).expand_as(p)
+            with Messages() as messages:
+                optimizer.step()
+            if step:  # the first one also compares what the ranks hold
+                assert sorted(sent for _, sent, _ in messages.seen) == expected
+                assert all(name == "allgather_base" and got == world * sent for name, sent, got in messages.seen)
+
+
+@pytest.mark.parametrize("world", [8, 64])
+def test_momentum_is_spread_evenly(weights, world):
+    kept = {"embedding": [], "blocks": [], "estimate": []}
+    for rank in range(world):
+        with rank_of(rank, world):
+            optimizer = GluonMVR2(groups(weights), lr=0.0)
+            kept["embedding"].append(buffer_bytes(optimizer, weights["embedding"], "momentum_buffer"))
+            kept["blocks"].append(buffer_bytes(optimizer, weights["blocks"], "momentum_buffer"))
+            kept["estimate"].append(buffer_bytes(optimizer, weights["blocks"] + weights["embedding"], "estimate"))
+    assert kept["embedding"] == [EMBEDDING // world * 4] * world, "each rank keeps its rows"
+    assert sum(kept["blocks"]) == (SQUARES * SQUARE + TALLS * TALL) * 4
+    assert kept["estimate"] == [a + b for a, b in zip(kept["embedding"], kept["blocks"], strict=True)]
+    # 72 matrices have no even share of 64 ranks: 24 own a large one, and no other owns more than two small ones.
+    assert max(kept["blocks"]) == (TALL * 4 if world == 64 else (6 * SQUARE + 3 * TALL) * 4)

@@ -1,0 +1,93 @@
+"""GPT-124M with its real shapes on two ranks under DDP: three steps equal to those of one process."""
+
+import importlib
+from contextlib import contextmanager
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import Ranks
+from torch.nn.parallel import DistributedDataParallel
+
+from model import GPT, GPTConfig
+from optim import Gluon, GluonMVR2, GluonMVR3
+
+pytestmark = pytest.mark.slow
+STEPS, TOKENS = 3, 8
+VARIANTS = {"gluon": (Gluon, {}), "mvr2": (GluonMVR2, {"q": 0.5}), "mvr3": (GluonMVR3, {"momentum": 0.2, "q": 0.5})}
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    two = Ranks(2, timeout=240)
+    yield two
+    two.stop()
+
+
+@contextmanager
+def one_core_and_one_iteration():
+    """The polar factor's cost is not what is tested: one of its iterations moves the same messages. One thread sums in the
+    same order in every process."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with mock.patch.object(importlib.import_module("optim.polar"), "_STEPS", 1):
+        yield
+    torch.set_num_threads(threads)
+
+
+def run(variant: str, file: str) -> dict:
+    """Train on one sequence a rank, or on both; the first (one process) saves the weights, the ranks compare with them."""
+    with one_core_and_one_iteration():
+        torch.manual_seed(0)
+        net = GPT(GPTConfig())
+        kind, own = VARIANTS[variant]
+        groups = [
+            {"params": list(net.blocks.parameters()), "norm": "spectral", "radius": 50.0},
+            {"params": [net.embedding.weight], "norm": "sign", "radius": 3000.0},
+        ]
+        optimizer = kind(groups, lr=3.6e-4, **own)
+        several = dist.is_initialized()
+        model = DistributedDataParallel(net, gradient_as_bucket_view=True) if several else net
+        losses = []
+        for k in range(STEPS):
+            x, y = torch.randint(50304, (2, 2, TOKENS), generator=torch.Generator().manual_seed(k))
+            mine = [dist.get_rank()] if several else [0, 1]
+
+            def closure(x=x, y=y, mine=mine):
+                model.zero_grad()
+                total = 0.0
+                for i in mine:
+                    loss = model(x[i : i + 1], y[i : i + 1]) / len(mine)
+                    loss.backward()
+                    total += loss.item()
+                return total
+
+            losses.append(optimizer.step(closure))
+        optimizer.flush()
+    if not several:
+        torch.save(list(net.parameters()), file)
+        return {"losses": losses, "updates": optimizer.updates}
+    assert model._get_ddp_logging_data()["has_rebuilt_buckets"]
+    furthest, same = 0.0, True
+    torch.manual_seed(0)
+    start = GPT(GPTConfig())
+    for p, first, right in zip(net.parameters(), start.parameters(), torch.load(file, mmap=True), strict=True):
+        furthest = max(furthest, ((p - right).norm() / (right - first).norm()).item())
+        firsts = p.detach().clone()
+        dist.broadcast(firsts, 0)
+        same = same and torch.equal(p, firsts)
+    return {"losses": losses, "updates": optimizer.updates, "furthest": furthest, "same": same}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_two_ranks_are_one_process(ranks, variant, tmp_path):
+    file = str(tmp_path / "weights.pt")
+    alone = run(variant, file)
+    answers = ranks.run(run, variant, file)
+    assert all(a["same"] for a in answers), "the ranks differ"
+    assert {a["updates"] for a in answers} == {alone["updates"]} == {STEPS}
+    mean = [sum(losses) / 2 for losses in zip(*(a["losses"] for a in answers), strict=True)]
+    assert mean == pytest.approx(alone["losses"], rel=1e-6)
+    # Of the way that each parameter has gone. float32 rounds, and a rounded zero may change its sign.
+    assert max(a["furthest"] for a in answers) < 1e-3
