@@ -10,7 +10,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.optim import Optimizer
 
 from .buckets import Bucket, buffer_dtype, split, travel_dtype
@@ -387,6 +388,26 @@ class LayerwiseOptimizer(Optimizer):
         if self._loading:
             self._take_loaded()
 
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, of this rank's buffers. Where this rank keeps some rows of a buffer, the state has a DTensor of them,
+        in the same memory, so that torch.distributed.checkpoint puts the rows together. Does not communicate.
+        """
+        state = super().state_dict()
+        for i, (group, p) in enumerate(self._params()):
+            if self._keeps_rows(p):
+                rows = {name: self._as_rows(p, self.state[p][name]) for name in self._buffer_names(group)}
+                state["state"][i] = {**state["state"][i], **rows}
+        return state
+
+    def _keeps_rows(self, p: Tensor) -> bool:
+        """Whether this rank's buffers hold some rows of p, and other ranks' the others."""
+        shared = self._ranks is not None and not isinstance(p, DTensor)
+        return shared and self._owns(p) and self._owners.owner(p) is None
+
+    def _as_rows(self, p: Tensor, buffer: Tensor) -> DTensor:
+        mesh = DeviceMesh.from_group(self._ranks, p.device.type)
+        return DTensor.from_local(buffer, mesh, [Shard(0)], run_check=False, shape=p.shape, stride=p.stride())
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but buffers keep their own dtype and storage, and take what this rank owns of a whole state.
 
@@ -408,13 +429,14 @@ class LayerwiseOptimizer(Optimizer):
         saved = [dict(state_dict["state"].get(i, {})) for g in groups for i in g["params"]]
         for (group, p), values in zip(self._params(), saved, strict=True):
             for name in self._buffer_names(group) if self._owns(p) else ():
-                value = values.get(name)
-                if not isinstance(value, Tensor):
+                value, own = values.get(name), self.state[p][name]
+                share = isinstance(value, DTensor) and not isinstance(own, DTensor)  # rows, as `state_dict` gives them
+                if not isinstance(value, Tensor) or (share and local(value).shape != own.shape):
                     raise ValueError(
                         f"the state_dict has no {name} for a parameter of shape {tuple(p.shape)}: it is another "
                         "optimizer's, or one rank's share; save full_state_dict() or use torch.distributed.checkpoint"
                     )
-                if value.shape not in (p.shape, self.state[p][name].shape):
+                if value.shape != p.shape:
                     raise ValueError(
                         f"the state_dict has a {name} of shape {tuple(value.shape)} for a parameter of shape {tuple(p.shape)}"
                     )
@@ -516,7 +538,9 @@ class LayerwiseOptimizer(Optimizer):
         if isinstance(buffer, DTensor):
             if not isinstance(value, DTensor):
                 value = distribute_tensor(value.to(buffer.device), buffer.device_mesh, buffer.placements)
-        elif value.shape != buffer.shape:
+        elif isinstance(value, DTensor):
+            value = local(value)
+        else:
             value = self._own_part(p, value)
         buffer.copy_(value)
 

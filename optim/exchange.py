@@ -226,8 +226,10 @@ class Sharded(Alone):
         return direction.reshape(self._shapes[member]).narrow(self._dim, sum(held[:rank]), held[rank])
 
     def receive(self) -> tuple[list[Piece], Tensor | None]:
+        travelling = self._travelling
+        del self._travelling  # and with it the memory of what has arrived
         pieces, flags = [], []
-        for members, block in zip(self._members, self._travelling.wait(), strict=True):
+        for members, block in zip(self._members, travelling.wait(), strict=True):
             directions, moves = _unpack(block, [self._shape(i, self._ranks.rank()) for i in members])
             pieces += [Piece(i, slice(None), d) for i, d in zip(members, directions, strict=True)]
             flags.append(moves)

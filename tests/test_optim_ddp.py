@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 
 import pytest
 import torch
@@ -32,11 +33,9 @@ from optim import Gluon
 
 pytestmark = pytest.mark.slow
 REDUCTIONS = {
-    "gluon": [1] * STEPS,
-    "single_batch": [1] * STEPS,
-    "muon_approximate": [1] * STEPS,
-    "previous_batch": [2] * STEPS,
-} | dict.fromkeys(("mvr1", "mvr2", "mvr3", "muon_previous_batch"), [1, *[2] * (STEPS - 1)])
+    variant: [1] * STEPS if kind.passes == 1 else [1, *[2] * (STEPS - 1)] if kind.deferred else [2] * STEPS
+    for variant, (kind, _) in LAYERWISE.items()
+} | {"muon_approximate": [1] * STEPS, "muon_previous_batch": [1, *[2] * (STEPS - 1)]}
 
 
 @pytest.mark.parametrize("micro, views", [(1, False), (1, True), (2, False), (2, True)])
@@ -69,7 +68,7 @@ def test_parameters_that_a_batch_does_not_use(variant, decay):
     answers = started(2).run(functools.partial(run, find_unused_parameters=True))
     assert_same(answers, run())
     path = [step[branch_index()] for step in answers[0]["path"]]
-    moved = [not torch.equal(a, b) for a, b in zip(path, path[1:], strict=False)]
+    moved = [not torch.equal(a, b) for a, b in itertools.pairwise(path)]
     assert not moved[0] and any(moved), "the branch stays while nobody uses it"
 
 

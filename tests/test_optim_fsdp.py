@@ -16,8 +16,8 @@ from parallel import (
     closure_of,
     local,
     optimizer_of,
-    share,
     sharded_net,
+    share,
     started,
     stopped_at_the_end,  # noqa: F401
     take_step,
@@ -117,8 +117,8 @@ def with_none_on_one_rank(variant) -> dict:
     path = [weights(net)]
     for k in range(STEPS):
 
-        def closure(inner=closure_of(net, k), k=k):
-            loss = inner()
+        def closure(k=k):
+            loss = closure_of(net, k)()
             for i, p in enumerate(net.parameters()):
                 if (i + k + dist.get_rank()) % 4 == 0 or i == 2:
                     p.grad = None
@@ -133,7 +133,9 @@ def with_none_on_one_rank(variant) -> dict:
 @pytest.mark.parametrize("variant", LAYERWISE)
 def test_none_on_one_rank(variant):
     answers = started(2).run(with_none_on_one_rank, variant)
-    assert all(torch.equal(a, b) for steps in zip(*(a["path"] for a in answers), strict=True) for a, b in zip(*steps, strict=True))
+    assert all(
+        torch.equal(a, b) for steps in zip(*(a["path"] for a in answers), strict=True) for a, b in zip(*steps, strict=True)
+    )
     for i, (a, b) in enumerate(zip(answers[0]["path"][0], answers[0]["path"][-1], strict=True)):
         assert torch.equal(a, b) == (i == 2), "what never has a gradient stays, the rest moves"
 

@@ -26,21 +26,22 @@ def ranks():
 
 
 @contextmanager
-def one_core_and_one_iteration():
-    """The polar factor's cost is not what is tested: one of its iterations moves the same messages. One thread sums in the
-    same order in every process."""
+def one_core_and_no_iterations():
+    """The polar factor is tested elsewhere; without its iterations the same messages travel, and the test is three times as
+    fast. One thread sums in the same order in every process."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    with mock.patch.object(importlib.import_module("optim.polar"), "_STEPS", 1):
+    with mock.patch.object(importlib.import_module("optim.polar"), "_STEPS", 0):
         yield
     torch.set_num_threads(threads)
 
 
 def run(variant: str, file: str) -> dict:
     """Train on one sequence a rank, or on both; the first (one process) saves the weights, the ranks compare with them."""
-    with one_core_and_one_iteration():
+    with one_core_and_no_iterations():
         torch.manual_seed(0)
         net = GPT(GPTConfig())
+        start = [p.detach().clone() for p in net.parameters()]
         kind, own = VARIANTS[variant]
         groups = [
             {"params": list(net.blocks.parameters()), "norm": "spectral", "radius": 50.0},
@@ -70,9 +71,7 @@ def run(variant: str, file: str) -> dict:
         return {"losses": losses, "updates": optimizer.updates}
     assert model._get_ddp_logging_data()["has_rebuilt_buckets"]
     furthest, same = 0.0, True
-    torch.manual_seed(0)
-    start = GPT(GPTConfig())
-    for p, first, right in zip(net.parameters(), start.parameters(), torch.load(file, mmap=True), strict=True):
+    for p, first, right in zip(net.parameters(), start, torch.load(file, mmap=True), strict=True):
         furthest = max(furthest, ((p - right).norm() / (right - first).norm()).item())
         firsts = p.detach().clone()
         dist.broadcast(firsts, 0)
@@ -89,5 +88,5 @@ def test_two_ranks_are_one_process(ranks, variant, tmp_path):
     assert {a["updates"] for a in answers} == {alone["updates"]} == {STEPS}
     mean = [sum(losses) / 2 for losses in zip(*(a["losses"] for a in answers), strict=True)]
     assert mean == pytest.approx(alone["losses"], rel=1e-6)
-    # Of the way that each parameter has gone. float32 rounds, and a rounded zero may change its sign.
-    assert max(a["furthest"] for a in answers) < 1e-3
+    # Of the way that each parameter has gone. Both sums have two terms, so they are the same in float32 as well.
+    assert max(a["furthest"] for a in answers) < 1e-6

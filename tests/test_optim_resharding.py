@@ -3,7 +3,6 @@
 import functools
 
 import pytest
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from parallel import (
