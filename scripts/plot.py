@@ -16,17 +16,9 @@ from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common.errors import UserError, one_line_errors
+from common.pictures import COLOURS, LOOK, STYLES, pyplot
 
 AXES = {"update": "Updates", "passes": "Gradient evaluations", "seconds": "Seconds"}
-# Okabe and Ito's colours, told apart by colour-blind readers too (without yellow, which is too pale for a line).
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-STYLES = ("-", "--", ":", "-.")
-INK = "#333333"
-LOOK = {
-    "font.size": 10.5, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": "#999999", "axes.spines.top": False,
-    "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True, "grid.color": "#E6E6E6", "xtick.color": INK,
-    "ytick.color": INK,
-}  # fmt: skip
 
 
 @dataclass
@@ -108,13 +100,7 @@ def last(run: Run) -> float:
 
 def draw(runs: list[Run], out: Path, title: str) -> None:
     """Write the picture."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("matplotlib is not installed; install it with: python -m pip install matplotlib") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     with plt.rc_context({**LOOK, "text.parse_math": False}):  # names of runs are shown as they are
         figure, panels = plt.subplots(1, 3, figsize=(13, 4.8), sharey=True, layout="constrained")
         for panel, (key, label) in zip(panels, AXES.items(), strict=True):
@@ -136,7 +122,7 @@ def draw(runs: list[Run], out: Path, title: str) -> None:
             panel.set_xlabel(label, labelpad=6)
             panel.set_xlim(left=0)
             panel.margins(x=0.03)
-            panel.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(6, integer=key != "seconds"))
+            panel.xaxis.set_major_locator(plt.MaxNLocator(6, integer=key != "seconds"))
             panel.xaxis.set_major_formatter(lambda x, _: f"{x:,.6g}")
             panel.tick_params(length=0)
         panels[0].set_ylabel("Validation loss", labelpad=6)

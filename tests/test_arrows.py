@@ -21,8 +21,6 @@ MAY = {
 }
 # Nobody else imports these.
 LEAVES = {"configs", "scripts", "experiments", "benchmarks", "examples", "tests"}
-# Pictures have one look, which scripts/plot.py owns.
-EXCEPT = {("experiments", "scripts")}
 
 
 def modules(part):
@@ -44,7 +42,7 @@ def imported(path):
 def test_arrows_run_one_way(part):
     if not (ROOT / part).is_dir() and not (ROOT / f"{part}.py").exists():
         pytest.skip(f"{part} is not there")
-    allowed = MAY.get(part, OURS - LEAVES) | {part} | {to for at, to in EXCEPT if at == part}
+    allowed = MAY.get(part, OURS - LEAVES) | {part}
     for path in modules(part):
         wrong = (set(imported(path)) & OURS) - allowed
         assert not wrong, f"{path.relative_to(ROOT)} imports {sorted(wrong)}"

@@ -1,7 +1,6 @@
-"""scripts/corpus.py on packages made up here: extraction, de-duplication, split, records, refusals. Nothing is fetched."""
+"""experiments/corpus.py on packages made up here: extraction, de-duplication, split, records, refusals. Nothing is fetched."""
 
 import gzip
-import importlib.util
 import io
 import json
 import shutil
@@ -16,12 +15,7 @@ import pytest
 
 from common.errors import UserError
 from data.shards import list_shards, open_shard, read_manifest
-
-ROOT = Path(__file__).resolve().parents[1]
-SPEC = importlib.util.spec_from_file_location("corpus", ROOT / "scripts" / "corpus.py")
-corpus = importlib.util.module_from_spec(SPEC)
-sys.modules["corpus"] = corpus
-SPEC.loader.exec_module(corpus)
+from experiments import corpus
 
 WORDS = ("river", "stone", "letter", "morning", "captain", "garden", "silver", "winter", "market", "shadow", "engine")
 

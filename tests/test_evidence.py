@@ -1,37 +1,27 @@
-"""The evidence's arithmetic, against values known from elsewhere, and its scripts end to end at a tiny size."""
+"""The evidence's arithmetic, against values known from elsewhere, and the studies end to end at a tiny size."""
 
 import json
 import math
 
 import numpy as np
 import pytest
+import torch
 
 from common.errors import UserError
 from data.shards import write_shard
-from model import GPT, GPTConfig
-from scripts import reproduce, sweep
-from scripts.run_jobs import Job, _diverged, _keep_validations, validations
-from scripts.statistics_of_runs import (
-    Curve,
-    Speed,
-    cost,
-    equal_evaluations,
-    equal_seconds,
-    equal_updates,
-    first_stage,
-    flops_per_token,
-    gradient_evaluations,
-    interval,
-    largest_rise,
-    less_momentum,
-    paired,
-    second_stage,
-    student_cdf,
-    student_quantile,
-    updates_for,
-)
+from experiments import figures, leaderboard, sweep
+from experiments.comparison import Arm, Comparison, compare, curve_of, replace_section
+from experiments.controls import DoubleAverage
+from experiments.run_jobs import Job, _diverged, pack, packed_records
+from experiments.setup import evaluations
+from experiments.statistics import Curve, difference, interval, largest_rise, paired, student_cdf, student_quantile
+from optim import Gluon, GluonMVR2
+from training.curves import curve
 
-METHODS = ("gluon", "mvr1", "mvr2", "mvr3", "nested")
+SMALL = "--n-layer=1 --n-head=1 --d-model=8 --seq-len=8 --val-tokens=8 --val-every=1 --device=cpu"
+
+
+# ---- arithmetic
 
 
 @pytest.mark.parametrize(
@@ -70,33 +60,29 @@ def test_pairs_use_the_seeds_that_both_have_and_cancel_what_they_share():
         paired({0: 1.0}, {1: 1.0})
 
 
+def line(updates, losses, passes=1, seconds=1.0):
+    """A curve with so many passes and seconds an update."""
+    return Curve(tuple(updates), tuple(passes * u for u in updates), tuple(seconds * u for u in updates), tuple(losses))
+
+
 def test_curves_are_read_on_straight_lines():
-    curve = Curve((0, 10, 20), (5.0, 3.0, 2.0))
-    assert [curve.at(u) for u in (0, 5, 10, 15, 20)] == [5.0, 4.0, 3.0, 2.5, 2.0]
+    found = line((0, 10, 20), (5.0, 3.0, 2.0), passes=2)
+    assert [found.at("updates", u) for u in (0, 5, 10, 15, 20)] == [5.0, 4.0, 3.0, 2.5, 2.0]
+    assert [found.at("passes", p) for p in (0, 10, 20, 30, 40)] == [5.0, 4.0, 3.0, 2.5, 2.0]
     with pytest.raises(ValueError, match="outside"):
-        curve.at(21)
-    assert Curve((0, 10), (1.0, math.inf)).at(0) == 1.0
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_evaluations_and_updates_are_inverse(method):
-    for updates in (1, 2, 7, 100):
-        assert updates_for(method, gradient_evaluations(method, updates)) == updates
-    assert gradient_evaluations(method, 0) == 0
-    assert gradient_evaluations(method, 100) == {"mvr2": 199, "nested": 199, "mvr3": 200}.get(method, 100)
+        found.at("updates", 21)
+    assert line((0, 10), (1.0, math.inf)).at("updates", 0) == 1.0
 
 
 def test_equal_budgets():
-    variant, baseline = Curve((0, 50, 100), (9.0, 3.0, 2.0)), Curve((0, 100, 200), (9.0, 2.5, 1.5))
-    assert equal_updates(variant, baseline) == (100, 2.0, 2.5)
-    budget, ours, theirs = equal_evaluations("mvr2", variant, baseline)
-    assert (budget, ours, theirs) == (199, 2.0, pytest.approx(1.51))
-    # A baseline that ends at 100: the variant is read at 50.5 updates.
-    assert equal_evaluations("mvr2", variant, Curve((0, 100), (9.0, 2.5))) == (100, pytest.approx(2.99), 2.5)
-    speed = Speed(1.0, {"gluon": 0.5, "mvr3": 1.0})  # 1.5 s and 3 s an update
-    budget, ours, theirs = equal_seconds("mvr3", variant, baseline, speed)
-    assert budget == pytest.approx(300)
-    assert (ours, theirs) == (pytest.approx(2.0), pytest.approx(1.5))
+    variant, baseline = line((0, 50, 100), (9.0, 3.0, 2.0), 2, 3.0), line((0, 100, 200), (9.0, 2.5, 1.5), 1, 1.5)
+    found = {b: difference({0: variant}, {0: baseline}, b) for b in ("updates", "passes", "seconds")}
+    assert (found["updates"][0], found["updates"][1].mean) == (100, -0.5)
+    assert (found["passes"][0], found["passes"][1].mean) == (200, 0.5)
+    assert (found["seconds"][0], found["seconds"][1].mean) == (300, 0.5)
+    # A baseline that ends at 100 gradients: the variant is read at 50 updates.
+    short = line((0, 100), (9.0, 2.5))
+    assert difference({0: variant}, {0: short}, "passes")[1].mean == pytest.approx(0.5)
 
 
 def test_a_rise_is_measured_from_the_lowest_loss_before():
@@ -105,60 +91,36 @@ def test_a_rise_is_measured_from_the_lowest_loss_before():
     assert largest_rise([3.0, math.inf]) == math.inf
 
 
-def test_flops_are_the_models():
-    config = GPTConfig(257, 2, 2, 32, 64)
-    assert flops_per_token(257, 2, 32, 64) == GPT(config).flops_per_token(64)
-    assert flops_per_token(50304, 12, 768, 1024) == pytest.approx(855e6, rel=1e-3)
+def test_gradient_evaluations():
+    assert evaluations("gluon", 100) == evaluations("single_batch", 100) == evaluations("adamw", 100) == 100
+    assert evaluations("mvr1", 100) == evaluations("mvr2", 100) == evaluations("mvr3", 100) == 199
+    assert evaluations("previous_batch", 100) == 200
+    assert evaluations("mvr2", 0) == 0
 
 
-def test_cost_of_the_reference_run():
-    paper = cost("gluon", 5100, 512, 1024, 854_654_976)
-    assert (paper.tokens, paper.shards, paper.evaluations) == (2_673_868_800, 27, 5100)
-    assert paper.seconds(1) == pytest.approx(2_673_868_800 * 854_654_976 / (0.4 * 989e12))
-    assert paper.seconds(1) == pytest.approx(8 * paper.seconds(8))
-    assert cost("mvr2", 5100, 512, 1024, 1).flops == 10199 * 512 * 1024
-    assert cost("gluon", 1, 100_000_000, 1, 1).shards == 2  # the last target is one token more
-    assert cost("gluon", 0, 1, 1, 6, validations=2, val_tokens=10).flops == 40
-
-
-def test_trials_are_few_seeded_and_stratified():
-    trials = second_stage(1e-3, seed=5, count=3)
-    assert trials == second_stage(1e-3, seed=5, count=3) != second_stage(1e-3, seed=6, count=3)
-    assert sorted(trial.momentum for trial in trials) == [0.8, 0.9, 0.95]
-    for values, low, high in (
-        ([math.log2(trial.lr / 1e-3) for trial in trials], -0.5, 0.5),
-        ([math.log(trial.gamma) for trial in trials], math.log(0.02), math.log(0.5)),
-        ([trial.q for trial in trials], 0.2, 0.9),
-    ):
-        strata = sorted(int(3 * (value - low) / (high - low)) for value in values)
-        assert strata == [0, 1, 2]
-    assert [trial.lr for trial in first_stage((1.0, 2.0))] == [1.0, 2.0]
-    least = second_stage(1e-3, seed=5, count=3)[0]
-    assert [(t.lr, t.gamma, t.momentum) for t in less_momentum(least, 2)] == [
-        (least.lr, least.gamma, pytest.approx(2 * least.momentum - 1))
+def record(losses, passes=1, **extra):
+    lines = [
+        {"update": u, "tokens": 8 * u, "passes": passes * u, "seconds": 0.5 * u, "val_loss": loss} for u, loss in losses.items()
     ]
-    assert trials[0].options("gluon").keys() == {"lr", "momentum"}
-    assert trials[0].options("mvr3").keys() == {"lr", "momentum", "gamma"}
-    assert trials[0].options("nested").keys() == {"lr", "momentum", "inner"}
+    return {"run": "seed0", "config": {}, "environment": {}, "metrics": lines, **extra}
 
 
-@pytest.mark.parametrize("best, tried", [(0.8, [0.9, 0.8, 0.6]), (0.9, [0.9, 0.8, 0.858579]), (0.2, [0.9, 0.8, 0.6])])
-def test_the_sweep_searches_along_beta(tmp_path, monkeypatch, best, tried):
-    """Doubled where that won, else between; the loss is the distance of β from `best`."""
-    monkeypatch.setattr(sweep, "DRAWS", 0)
-    monkeypatch.setattr(sweep, "final_loss", lambda job: abs(job.options["momentum"] - best) + abs(job.options["lr"] - 1.4e-3))
-    first, _, third, fourth = sweep.trials_of(tmp_path, "mvr1", 8, 100)
-    assert [first[0].momentum, third[0].momentum, fourth[0].momentum] == tried
+def test_records_become_curves():
+    found = curve_of(record({0: 3.0, 2: 2.0, 4: 1.0}, passes=2), steps=2, share=2.0, speed=(10.0, 1.0))
+    assert found == Curve((0.0, 2.0), (0.0, 8.0), (0.0, 82.0), (3.0, 2.0))
+    lost = curve_of(record({0: 3.0, 2: 2.0}, diverged="the loss is nan"), steps=10)
+    assert lost.updates == (0.0, 2.0, 10.0) and lost.losses == (3.0, 2.0, math.inf)
 
 
-def test_tuning_and_evaluation_share_no_seed():
-    assert sweep.TUNING_SEED > 100
+def test_sections_of_a_page_are_replaced(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("a\n<!-- x -->\nold\n<!-- end of x -->\nb")
+    replace_section(page, "x", "new\n")
+    replace_section(page, "y", "other")
+    assert page.read_text() == "a\n<!-- x -->\nnew\n<!-- end of x -->\nb"
 
 
-def test_sections_of_a_page_are_replaced():
-    page = "a\n<!-- x -->\nold\n<!-- end of x -->\nb"
-    assert reproduce.replace_section(page, "x", "new\n") == "a\n<!-- x -->\nnew\n<!-- end of x -->\nb"
-    assert reproduce.replace_section(page, "y", "new") == page
+# ---- runs and records
 
 
 def test_a_run_that_diverged_is_told_from_one_that_failed():
@@ -168,82 +130,205 @@ def test_a_run_that_diverged_is_told_from_one_that_failed():
     assert not _diverged("RuntimeError: nan is inf")
 
 
-def test_states_of_a_run(tmp_path):
-    job = Job(tmp_path / "run", "c.py", {"steps": 4})
+def test_states_of_a_run_and_its_record(tmp_path):
+    job = Job(tmp_path / "runs" / "seed0", tmp_path / "arm.jsonl", "c.py", {"steps": 4, "lr": 0.1})
     assert job.state() == "new"
-    job.folder.mkdir()
-    lines = [json.dumps({"update": u, "val_loss": 1.0 + u}) for u in (0, 2)]
-    (job.folder / "metrics.jsonl").write_text("\n".join(lines) + '\n{"update": 4, "val_lo')
+    job.folder.mkdir(parents=True)
+    lines = [json.dumps(point) for point in record({0: 1.0, 2: 3.0, 4: 0.5})["metrics"]]
+    metrics = job.folder / "metrics.jsonl"
+    metrics.write_text("\n".join(lines[:2]) + "\n" + lines[2][:20])
+    (job.folder / "config.json").write_text('{"lr": 0.1}')
     assert job.state() == "begun"
-    assert validations(job.folder) == {0: 1.0, 2: 3.0}
-    (job.folder / "metrics.jsonl").write_text("\n".join([*lines, json.dumps({"update": 4, "val_loss": 0.5})]))
+    pack([job])
+    assert not job.packed.exists()
+    metrics.write_text("\n".join(lines) + "\n")
     assert job.state() == "done"
-    _keep_validations(job.folder)  # then it is extended to 6, and the validation at 4 is not in metrics.jsonl any more
-    (job.folder / "metrics.jsonl").write_text("\n".join([*lines, json.dumps({"update": 6, "val_loss": 0.25})]))
-    assert sorted(validations(job.folder).items()) == [(0, 1.0), (2, 3.0), (4, 0.5), (6, 0.25)]
+    pack([job])
+    metrics.unlink()  # the record is enough
+    assert job.state() == "done" and job.changed() == ""
+    assert [point["val_loss"] for point in curve(packed_records(job.packed)["seed0"]["metrics"])] == [1.0, 3.0, 0.5]
+    assert "lr = 0.1, not 0.2" in Job(job.folder, job.packed, "c.py", {"steps": 4, "lr": 0.2}).changed()
+    assert Job(job.folder, job.packed, "c.py", {"steps": 6}).state() == "begun"
+    metrics.write_text("\n".join(lines[:2]) + "\n")
     (job.folder / "diverged.txt").write_text("loss is nan\n")
     assert job.state() == "diverged"
+    pack([job])
+    assert packed_records(job.packed)["seed0"]["diverged"] == "loss is nan"
+
+
+def test_a_damaged_record_is_told(tmp_path):
+    path = tmp_path / "arm.jsonl"
+    for text in ("no json", "[]", '{"run": "a"}', '{"run": "a", "config": {}, "metrics": [{"update": 0}]}'):
+        path.write_text(text + "\n")
+        with pytest.raises(UserError, match="line 1 is no packed run"):
+            packed_records(path)
+
+
+def comparison_of(folder, losses, passes):
+    arms = tuple(Arm(key, key.upper(), {"lr": 0.1, "batch_size": 8}) for key in losses)
+    made = Comparison("Two arms", arms, (0, 1), dict.fromkeys(losses, 4), folder / "runs", folder / "records")
+    made.records.mkdir()
+    for key in losses:
+        text = [json.dumps(record(curve, passes[key]) | {"run": f"seed{s}"}) for s, curve in enumerate(losses[key])]
+        (made.records / f"{key}.jsonl").write_text("\n".join(text) + "\n")
+    return made
+
+
+def test_a_comparison_of_records(tmp_path):
+    made = comparison_of(
+        tmp_path,
+        {
+            "base": [{0: 9.0, 2: 4.0, 4: 2.0}, {0: 9.0, 2: 5.0, 4: 3.0}],
+            "mvr": [{0: 9.0, 2: 3.0, 4: 1.0}, {0: 9.0, 2: 4.0, 4: 2.2}],
+        },
+        {"base": 1, "mvr": 2},
+    )
+    base, row = compare(made, None)
+    assert "equal_updates" not in base and base["loss"].mean == 2.5
+    assert row["equal_updates"]["difference"].mean == pytest.approx(-0.9)
+    assert row["equal_passes"]["budget"] == 4
+    assert row["equal_passes"]["difference"].mean == pytest.approx(1.0)  # 3.0 and 4.0 against 2.0 and 3.0
+    assert row["equal_seconds"]["difference"].mean == pytest.approx(-0.9)
+    assert (row["updates"], row["passes"], row["seconds"]) == (4, 8.0, 2.0)
+    slow = {"gradient": 1.0, "update": {"base": 0.0, "mvr": 2.0}}
+    assert compare(made, slow)[1]["equal_seconds"] == {"budget": 4.0, "difference": interval([6.0 - 2.0, 6.5 - 3.0])}
+
+
+# ---- the studies
+
+
+def test_the_double_average_is_mvr2_where_nothing_moves():
+    """With lr 0 the correction vanishes, ĝ_k = g_k, so MVR-2 and its control hold the same numbers."""
+    found = []
+    for kind in (GluonMVR2, DoubleAverage):
+        p = torch.eye(3, dtype=torch.float64).requires_grad_()
+        optimizer = kind([p], lr=0.0, momentum=0.7, q=0.4)
+        for step in range(5):
+
+            def closure(p=p, step=step):
+                loss = (p * (p @ p + step)).sum()
+                loss.backward()
+                return loss
+
+            optimizer.step(closure)
+        found.append(optimizer.state[p]["momentum_buffer"])
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match="q must be"):
+        DoubleAverage([p], q=0.0)
+    assert DoubleAverage.passes == Gluon.passes == 1
+
+
+@pytest.mark.parametrize("name", sweep.METHODS)
+def test_trials_are_the_recipe_and_a_latin_hypercube(name):
+    method = sweep.METHODS[name]
+    trials = sweep.trials_of(method)
+    assert len(trials) == sweep.TRIALS and trials == sweep.trials_of(method)
+    assert trials[0]["lr"] == method.recipe["lr"]
+    assert all(trial.keys() == set(method.knobs) for trial in trials)
+    for knob, low, high in (("lr", method.lr_from, 16 * method.lr_from), ("momentum", 0.05, 0.95), ("gamma", 0.02, 0.5)):
+        values = [1 - t[knob] if knob == "momentum" else t[knob] for t in trials[1:] if knob in t]
+        places = sorted(int(len(values) * math.log(v / low) / math.log(high / low) * 0.9999 + 1e-3) for v in values)
+        assert places in ([], list(range(len(values)))), knob
+
+
+def test_every_method_draws_the_same():
+    found = [[trial["lr"] / m.lr_from for trial in sweep.trials_of(m)[1:]] for m in sweep.METHODS.values()]
+    assert all(ratios == pytest.approx(found[0], rel=5e-3) for ratios in found)
+
+
+def test_halving(tmp_path, monkeypatch):
+    """Each rung keeps the better half; the loss is the distance of β from 0.5, and less with more updates."""
+    monkeypatch.setattr(sweep, "loss_at", lambda job, steps: abs(job.options["momentum"] - 0.5) + 1 / steps)
+    rungs = sweep.rungs_of(figures.Folders(tmp_path, tmp_path), "gluon", 40)
+    assert [len(rung) for rung in rungs] == [16, 8, 4]
+    assert [{job.options["steps"] for job, _ in rung} for rung in rungs] == [{10}, {20}, {40}]
+    betas = sorted((t["momentum"] for t in sweep.trials_of(sweep.METHODS["gluon"])), key=lambda beta: abs(beta - 0.5))
+    assert [job.options["momentum"] for job, _ in rungs[2]] == betas[:4]
+    monkeypatch.setattr(sweep, "loss_at", lambda job, steps: math.nan if steps == 20 else 1.0)
+    assert len(sweep.rungs_of(figures.Folders(tmp_path, tmp_path), "gluon", 40)) == 2
+
+
+def test_tuning_and_evaluation_share_no_seed():
+    assert sweep.TUNING_SEED > 100
 
 
 @pytest.mark.parametrize("figure", [1, 2, 3, 4])
 @pytest.mark.parametrize("scale", ["full", "mini"])
 def test_dry_run(figure, scale, tmp_path, capsys):
-    best = tmp_path / "best.json"
-    found = {method: {"lr": 0.002, "momentum": 0.9, "gamma": 0.1, "inner": 0.5} for method in METHODS}
-    best.write_text(json.dumps({"b8": found, "b2": found}))
-    reproduce.main(
-        ["--figure", str(figure), "--scale", scale, "--dry-run", "--best", str(best), "--results", str(tmp_path / "results")]
-    )
+    folders = ["--results", str(tmp_path / "results"), "--runs", str(tmp_path / "runs")]
+    figures.main(["--figure", str(figure), "--scale", scale, "--dry-run", *folders])
     text = capsys.readouterr().out
     assert f"Figure {figure}" in text
     assert "train_gpt.py --config=" in text
-    runs = [line for line in text.splitlines() if line.startswith(("gluon", "mvr", "nested"))]
-    assert len(runs) == (2 if figure < 4 else 4 if scale == "full" else 6)
+    runs = [row for row in text.splitlines() if row.startswith(("gluon", "mvr"))]
+    assert len(runs) == 1 + len(figures.FIGURES[figure].variants)
     if scale == "full" and figure == 3:
-        assert "10,199" in text
-        assert "2,673,868,800" in text
-        assert "8 GPUs" in text
+        assert "10,199" in text and "2,673,868,800" in text and "8 GPUs" in text
+    if scale == "mini" and figure == 4:
+        assert "5,500" in text and "5,999" in text
     assert not (tmp_path / "results").exists()
 
 
 def test_mistakes_are_one_line(tmp_path):
-    with pytest.raises(UserError, match=r"sweep\.py"):
-        reproduce.main(["--figure", "1", "--scale", "mini", "--results", str(tmp_path)])
+    folders = ["--results", str(tmp_path), "--runs", str(tmp_path)]
     with pytest.raises(UserError, match="needs a value"):
-        reproduce.main(["--figure", "1", "--", "--lr"])
+        figures.main(["--figure", "1", "--", "--lr"])
+    with pytest.raises(UserError, match="no arm mvr9; the arms are gluon, mvr1"):
+        figures.main(["--figure", "1", "--scale", "mini", "--only", "mvr9"])
+    with pytest.raises(UserError, match="baseline is done yet"):
+        figures.main(["--figure", "1", "--scale", "mini", "--plot-only", *folders])
+    with pytest.raises(UserError, match="Gluon is not tuned yet"):
+        sweep.main(["--evaluate", *folders])
+    with pytest.raises(UserError, match="a multiple of 4"):
+        sweep.main(["--steps", "6", *folders])
 
 
-def test_a_tiny_figure_end_to_end(tmp_path, capsys):
-    """Two updates of a small model, twice Gluon's for the two-gradient baseline; then the same again, from what is there."""
-    data, results = tmp_path / "data", tmp_path / "results"
-    data.mkdir()
+@pytest.fixture
+def data(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
     for split in ("train", "val"):
-        write_shard(data / f"x_{split}_000001.bin", np.arange(2000, dtype=np.uint16) % 50)
+        write_shard(folder / f"x_{split}_000001.bin", np.arange(2000, dtype=np.uint16) % 50)
+    return folder
+
+
+@pytest.mark.slow
+def test_a_tiny_figure_end_to_end(tmp_path, data, capsys):
+    """Two updates of a small model, twice as many of Gluon; then the same again without the runs, from the records."""
+    results = tmp_path / "results"
     results.mkdir()
     (results / "README.md").write_text("<!-- mini figure 3 -->\n<!-- end of mini figure 3 -->\n")
-    best = tmp_path / "best.json"
-    best.write_text(
-        json.dumps({"b8": {"gluon": {"lr": 1e-3, "momentum": 0.9}, "mvr2": {"lr": 1e-3, "momentum": 0.9, "gamma": 0.1}}})
-    )
     command = ["--figure", "3", "--scale", "mini", "--seeds", "1", "--steps", "2", "--jobs", "2"]
-    command += ["--results", str(results), "--best", str(best)]
-    small = f"--data-dir={data} --n-layer=1 --n-head=1 --d-model=8 --seq-len=8 --val-tokens=8 --batch-size=2 --val-every=1"
-    reproduce.main([*command, "--", *small.split()])
-    runs = results / "mini" / "b8"
-    assert max(validations(runs / "gluon" / "seed0")) == 4
-    assert max(validations(runs / "mvr2" / "seed0")) == 2
-    assert (results / "mini" / "figure3.png").stat().st_size > 10_000
-    rows = json.loads((results / "mini" / "figure3.json").read_text())
-    gluon, mvr2 = (validations(runs / key / "seed0") for key in ("gluon", "mvr2"))
-    assert rows[1]["equal_updates"]["difference"]["mean"] == pytest.approx(mvr2[2] - gluon[2])
-    assert rows[1]["equal_evaluations"]["budget"] == 3
-    assert rows[1]["equal_evaluations"]["difference"]["mean"] == pytest.approx(mvr2[2] - gluon[3])
-    assert "| MVR-2 | lr 0.001, β 0.9, γ 0.1 | 1 |" in (results / "README.md").read_text()
-    before = (runs / "gluon" / "seed0" / "metrics.jsonl").stat().st_mtime_ns
-    best.write_text(best.read_text().replace('"gamma": 0.1', '"gamma": 0.2'))
-    with pytest.raises(UserError, match=r"gamma = 0\.1, not 0\.2"):
-        reproduce.main([*command, "--plot-only", "--", *small.split()])
-    best.write_text(best.read_text().replace('"gamma": 0.2', '"gamma": 0.1'))
-    reproduce.main([*command, "--", *small.split()])
-    assert "2 done, 0 to run" in capsys.readouterr().out
-    assert (runs / "gluon" / "seed0" / "metrics.jsonl").stat().st_mtime_ns == before
+    command += ["--results", str(results), "--runs", str(tmp_path / "runs")]
+    words = [f"--data-dir={data}", *SMALL.split()]
+    figures.main([*command, "--", *words])
+    records = results / "figures" / "mini" / "b8"
+    gluon, mvr2 = (
+        {point["update"]: point for point in curve(packed_records(records / f"{key}.jsonl")["seed0"]["metrics"])}
+        for key in ("gluon", "mvr2_q0.5")
+    )
+    assert (max(gluon), max(mvr2), mvr2[2]["passes"]) == (4, 2, 3)
+    assert (results / "figures" / "figure3_mini.png").stat().st_size > 10_000
+    rows = json.loads((results / "figures" / "figure3_mini.json").read_text())
+    assert rows[1]["equal_updates"]["difference"]["mean"] == pytest.approx(mvr2[2]["val_loss"] - gluon[2]["val_loss"])
+    assert rows[1]["equal_passes"]["budget"] == 3
+    assert rows[1]["equal_passes"]["difference"]["mean"] == pytest.approx(mvr2[2]["val_loss"] - gluon[3]["val_loss"])
+    page = (results / "README.md").read_text()
+    assert "| MVR-2, q 0.5 | lr 0.00025, β 0.9, q 0.5, B 8 | 1 |" in page and "(figures/figure3_mini.png)" in page
+    with pytest.raises(UserError, match=r"n_layer = 1, not 2"):
+        figures.main([*command, "--", *words[:1], "--n-layer=2", *words[2:]])
+    capsys.readouterr()
+    figures.main([*command, "--runs", str(tmp_path / "elsewhere"), "--", *words])
+    assert "3 done, 0 to run" in capsys.readouterr().out
+    assert (results / "README.md").read_text() == page
+
+
+# ---- the page
+
+
+def test_the_leaderboard_is_what_the_records_say():
+    """results/README.md against results/: what stands between the marks is what the command writes."""
+    wrong = leaderboard.stale()
+    assert not wrong, (
+        f"run python -m experiments.leaderboard: {', '.join(wrong)} of results/README.md are not what the records say"
+    )

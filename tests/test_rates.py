@@ -1,25 +1,18 @@
-"""scripts/rates.py: the recursion against a plain loop, its limits, the slopes' statistics, a quick run end to end."""
+"""experiments/rates.py: the recursion against a plain loop, its limits, the slopes' statistics, a quick run end to end."""
 
-import importlib.util
 import json
 import math
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-SPEC = importlib.util.spec_from_file_location("rates", ROOT / "scripts" / "rates.py")
-rates = importlib.util.module_from_spec(SPEC)
-sys.modules["rates"] = rates
-SPEC.loader.exec_module(rates)
+from experiments import rates
 
 BY_NAME = {m.name: m for m in rates.METHODS}
 CAUCHY, SKEWED, LOGCOSH, QUARTIC = rates.PROBLEMS
-GLUON, MVR2 = BY_NAME["Gluon"], BY_NAME["MVR-2, γ=1"]
+GLUON, MVR1, MVR2, MVR3 = (BY_NAME[name] for name in ("Gluon", "MVR-1", "MVR-2", "MVR-3"))
 
 
 def record(problem, arms, horizons, seeds):
@@ -31,22 +24,23 @@ def record(problem, arms, horizons, seeds):
 
 def plain_loop(problem, arm, K, seed):
     """One run, written from the table of the variants with lists of everything; returns all X_k, all M_k and X_K."""
-    alpha, gamma, t, b = rates.schedule(arm, K, problem.radius)
+    alpha, q, gamma, t, b = rates.schedule(arm, K, problem.radius)
     beta = 1 - alpha
     draws = torch.from_numpy(np.random.default_rng([seed, K]).standard_normal((K, 2, 4, 4)))
-    X, M = [problem.initial(seed)], []
+    X, d, M = [problem.initial(seed)], [], []
     for k in range(K):
         g = problem.grad(X[k], draws[k])
         if k == 0:
+            d.append(g)
             M.append(g)
         else:
             g_hat = {
-                0: lambda k: torch.full((4, 4), 7.0, dtype=torch.float64),
-                1: lambda k: problem.grad(X[k - 1], draws[k - 1]),
-                2: lambda k: problem.grad(X[k - 1], draws[k]),
-                3: lambda k: problem.grad(X[k], draws[k - 1]),
-            }[arm.method.variant](k)
-            M.append(beta * M[-1] + (1 - beta) * g + gamma * beta * (g - g_hat))
+                "same": lambda k: problem.grad(X[k - 1], draws[k]),
+                "single_batch": lambda k: problem.grad(X[k - 1], draws[k - 1]),
+                "previous_batch": lambda k: problem.grad(X[k], draws[k - 1]),
+            }[arm.method.compares](k)
+            d.append(g + (1 - q) * (d[-1] - g_hat))
+            M.append(beta * M[-1] + (1 - beta) * d[-1] + gamma * beta * (g - g_hat))
         U, _, Vh = np.linalg.svd(M[-1].numpy())
         X.append((1 - b) * X[-1] - t * torch.from_numpy(U @ Vh))
     return X, M
@@ -70,31 +64,32 @@ def test_the_batched_recursion_is_the_plain_one(problem):
                 torch.testing.assert_close(result["dual_norm"][h, a, s], dual, rtol=0, atol=1e-8)
 
 
-@pytest.mark.parametrize("variant", [1, 2, 3])
-def test_gamma_zero_is_gluon(variant):
+@pytest.mark.parametrize("compares", ["single_batch", "previous_batch"])
+def test_gamma_zero_is_gluon(compares):
     """Whatever ĝ is: bit for bit."""
-    arms = [rates.Arm(m, 1.0, 1.0) for m in (GLUON, replace(GLUON, variant=variant))]
+    arms = [rates.Arm(m, 1.0, 1.0) for m in (GLUON, replace(GLUON, compares=compares))]
     _, seen = record(CAUCHY, arms, [64], [0, 1])
     for X, M in seen:
         assert torch.equal(X[:, 0], X[:, 1])
         assert torch.equal(M[:, 0], M[:, 1])
 
 
-def test_mvr2_without_noise_holds_the_exact_gradient():
-    """M_k = ∇f(X_k) for γ = 1 and any β; plain momentum lags behind."""
+def test_without_noise_mvr1_and_mvr3_hold_the_exact_gradient():
+    """M_k = ∇f(X_k) for γ = 1 and any β and q; plain momentum lags behind, and so does MVR-2's over its exact d."""
     problem = replace(CAUCHY, sigma=0.0)
-    arms = [rates.Arm(MVR2, 1.0, 4.0), rates.Arm(GLUON, 1.0, 4.0)]
+    arms = [rates.Arm(MVR1, 1.0, 4.0), rates.Arm(MVR3, 1.0, 4.0), rates.Arm(GLUON, 1.0, 4.0), rates.Arm(MVR2, 0.1, 4.0)]
     _, seen = record(problem, arms, [64], [0])
     for X, M in seen:
-        torch.testing.assert_close(M[:, 0], problem.grad(X[:, 0]), rtol=0, atol=1e-12)
+        torch.testing.assert_close(M[:, :2], problem.grad(X[:, :2]), rtol=0, atol=1e-12)
     X, M = seen[32]
-    assert (M[:, 1] - problem.grad(X[:, 1])).abs().max() > 0.05
+    for late in (2, 3):
+        assert (M[:, late] - problem.grad(X[:, late])).abs().max() > 0.05
 
 
 def test_nesterov_is_the_extrapolated_average():
-    """MVR-1 with γ = 1-β: M = (1-γ) E + γ g with E the plain average."""
-    arm = rates.Arm(BY_NAME["MVR-1, γ=1-β (Nesterov)"], 2.0, 1.0)
-    alpha, gamma, _, _ = rates.schedule(arm, 64, 0.0)
+    """single_batch with γ = 1-β: M = (1-γ) E + γ g with E the plain average."""
+    arm = rates.Arm(BY_NAME["single_batch, γ=1-β"], 2.0, 1.0)
+    alpha, _, gamma, _, _ = rates.schedule(arm, 64, 0.0)
     assert gamma == alpha
     X, M = plain_loop(CAUCHY, arm, 64, 0)
     draws = torch.from_numpy(np.random.default_rng([0, 64]).standard_normal((64, 2, 4, 4)))
@@ -135,22 +130,30 @@ def test_star_convex_problems_satisfy_the_theorem(problem):
     arms = [arm for m in rates.METHODS for arm in rates.arms_of(m, problem.radius)]
     for K in (2**6, 2**11, 2**16):
         for arm in arms:
-            alpha, _, t, b = rates.schedule(arm, K, problem.radius)
-            assert b <= alpha < 1
+            alpha, q, _, t, b = rates.schedule(arm, K, problem.radius)
+            assert b <= min(alpha, q) <= alpha < 1
             assert t == b * problem.radius
     _, seen = record(problem, arms[:3], [64], [0])
     assert max(torch.linalg.matrix_norm(X, 2).max() for X, _ in seen) <= problem.radius
 
 
 def test_schedules_have_the_theorys_powers():
-    for method, power_alpha, power_t in ((GLUON, -1 / 2, -3 / 4), (MVR2, -2 / 3, -2 / 3)):
-        (a, g, t, b), (a2, g2, t2, _) = (rates.schedule(rates.Arm(method, 0.5, 3.0), K, 0.0) for K in (64, 4096))
+    powers = {
+        GLUON: (-1 / 2, 0, -3 / 4),
+        MVR1: (-2 / 3, 0, -2 / 3),
+        MVR2: (-1 / 3, -2 / 3, -2 / 3),
+        MVR3: (-1 / 3, -2 / 3, -2 / 3),
+    }
+    for method, (power_alpha, power_q, power_t) in powers.items():
+        (a, q, g, t, b), (a2, q2, g2, t2, _) = (rates.schedule(rates.Arm(method, 0.5, 3.0), K, 0.0) for K in (64, 4096))
         assert math.isclose(a2 / a, 64**power_alpha)
+        assert math.isclose(q2 / q, 64**power_q)
         assert math.isclose(t2 / t, 64**power_t)
         assert b == 0
-        assert g == g2 == (1.0 if method is MVR2 else 0.0)
+        assert g == g2 == (1.0 if method in (MVR1, MVR3) else 0.0)
+        assert (q == 1) == (method in (GLUON, MVR1))
     b = math.log(4096) / 4096
-    for method, alpha in ((GLUON, 2 * b ** (2 / 3)), (MVR2, 2 * b)):
+    for method, alpha in ((GLUON, 2 * b ** (2 / 3)), (MVR1, 2 * b), (MVR2, math.sqrt(2 * b))):
         assert rates.schedule(rates.Arm(method, 2.0, 1.0), 4096, 3.0)[0] == pytest.approx(alpha)
     assert len({len(rates.arms_of(m, r)) for m in rates.METHODS for r in (0.0,)}) == 1
     assert len({len(rates.arms_of(m, r)) for m in rates.METHODS for r in (3.0,)}) == 1
@@ -182,14 +185,14 @@ def test_differences_are_paired():
 
 def test_a_run_does_not_depend_on_its_company():
     """The same (seed, K) alone and among others."""
-    arms = [rates.Arm(MVR2, 1.0, 4.0)]
+    arms = [rates.Arm(MVR3, 1.0, 4.0)]
     together = rates.simulate(CAUCHY, arms, [128, 64], [0, 1, 2])["gap"]
     alone = rates.simulate(CAUCHY, arms, [64], [1])["gap"]
     torch.testing.assert_close(together[1, 0, 1], alone[0, 0, 0], rtol=0, atol=1e-10)
 
 
 def test_quick_run_end_to_end(tmp_path, capsys):
-    """Runs, writes, is reproducible and can be drawn again; MVR-2 ends below Gluon on the noisy non-convex problem."""
+    """Runs, writes, is reproducible and can be drawn again; every MVR ends below Gluon on the noisy non-convex problem."""
     threads = torch.get_num_threads()
     try:
         report = rates.main(["--quick", "--seeds", "4", "--out", str(tmp_path)])
@@ -197,11 +200,12 @@ def test_quick_run_end_to_end(tmp_path, capsys):
             assert (tmp_path / name).stat().st_size > 1000
         held = json.loads((tmp_path / "rates.json").read_text())
         assert held["machine"]["torch"] == torch.__version__
-        assert held["command"].startswith("python scripts/rates.py --quick")
+        assert held["command"].startswith("python -m experiments.rates --quick")
         assert not set(held["seeds"]) & set(held["tuning_seeds"])
         cauchy = held["results"]["cauchy"]
         assert {len(v) for v in cauchy["values"].values()} == {len(held["horizons"])}
-        assert cauchy["fits"]["MVR-2, γ=1"]["last"] < cauchy["fits"]["Gluon"]["last"]
+        for name in rates.PAPERS:
+            assert cauchy["fits"][name]["last"] < cauchy["fits"]["Gluon"]["last"]
         low, high = cauchy["fits"]["Gluon"]["slope_95"]
         assert low <= cauchy["fits"]["Gluon"]["slope"] <= high
         table = (tmp_path / "table.md").read_text()

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from kill_test import kill_runs
 from train_runs import ROOT, Trainer, data, trainer  # noqa: F401
 
 import training.checkpoint
@@ -28,9 +29,6 @@ from training.config import Config
 from training.finite import FiniteGuard
 from training.metrics import Metrics, SpikeDetector
 from training.ranks import Ranks
-
-sys.path.append(str(ROOT / "scripts"))
-from kill_test import kill_runs
 
 MVR2 = "--optimizer mvr2 --gamma 0.4"
 ALONE = Ranks(0, 1, torch.device("cpu"))

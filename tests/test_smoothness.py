@@ -1,10 +1,7 @@
-"""scripts/smoothness.py: its estimators on functions whose constants are known, and a run of a few updates."""
+"""experiments/smoothness.py: its estimators on functions whose constants are known, and a run of a few updates."""
 
-import importlib.util
 import json
 import math
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,13 +9,9 @@ import torch
 
 from common.errors import UserError
 from data.tokenize_text import tokenize_documents
+from experiments import smoothness
+from experiments.setup import batches, build
 from optim.norms import get_norm
-
-ROOT = Path(__file__).resolve().parents[1]
-SPEC = importlib.util.spec_from_file_location("smoothness", ROOT / "scripts" / "smoothness.py")
-smoothness = importlib.util.module_from_spec(SPEC)
-sys.modules["smoothness"] = smoothness
-SPEC.loader.exec_module(smoothness)
 
 NORMS = ("spectral", "sign", "frobenius", "colnorm")
 
@@ -196,18 +189,13 @@ def test_the_measured_run_is_the_trainers(short_run):
     """The measuring does not disturb the run: the losses at the run's weights are those of training by hand."""
     _, arguments = short_run
     options = arguments[arguments.index("--data-dir") :]
-    config = smoothness.load_config(["--config", str(ROOT / "configs" / "quickstart_gluon.py"), *options])
+    config = smoothness.load_config(["--config", str(smoothness.ROOT / "configs" / "quickstart_gluon.py"), *options])
     measured = smoothness.measure(config, 2, [1], lambda _: None)
     again = smoothness.measure(config, 2, [], lambda _: None)
     assert measured["pool_loss"] == again["pool_loss"]
 
-    torch.manual_seed(config.seed)
-    model = smoothness.GPT(
-        smoothness.GPTConfig(config.vocab_size, config.n_layer, config.n_head, config.d_model, config.seq_len)
-    )
-    optimizer = smoothness.build_optimizer(model, config)
-    stream = smoothness.TokenStream(config.data_dir, "train")
-    with smoothness.BatchLoader(stream, batch_size=2, seq_len=16, shuffle_seed=config.seed) as loader:
+    model, optimizer = build(config)
+    with batches(config) as loader:
         for step in range(config.steps):
             model(*loader.batch(step)).backward()
             optimizer.step()

@@ -48,6 +48,29 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def read_packed(path: Path) -> list[dict[str, Any]]:
+    """The runs in a packed file, one JSON object a line with `run` (its name), `config`, `environment` and `metrics`.
+
+    Raises UserError if there is no such file, or if a line is none of ours.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+    runs = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            run = json.loads(line)
+            metrics, config = run["metrics"], run["config"]
+            right = isinstance(run["run"], str) and isinstance(config, dict) and all(key in m for m in metrics for key in AXES)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            right = False
+        if not right:
+            raise UserError(f"{path}, line {number} is no packed run; the file is damaged")
+        runs.append(run)
+    return runs
+
+
 def _is_number(value: object) -> bool:
     try:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and float(value) is not None

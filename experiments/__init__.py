@@ -1,0 +1,1 @@
+"""Our studies: each is run as `python -m experiments.NAME`, and results/ holds what they found."""

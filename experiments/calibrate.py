@@ -1,0 +1,83 @@
+"""Measure, on one thread, what a gradient of the byte model costs and what each optimizer's update costs besides.
+
+    OMP_NUM_THREADS=1 python -m experiments.calibrate        writes results/figures/calibration.json
+
+Medians of processor time, because clocks on a shared machine tell nothing. `update` is the time of `step` without its
+gradients: momentum, correction, polar factors, the weights.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.errors import one_line_errors
+from common.machine import cpu_name
+from experiments.comparison import RESULTS, Arm
+from experiments.figures import FIGURES, Folders, config_of, plan
+from experiments.setup import build
+from experiments.sweep import evaluation
+
+
+def calibrate(batch: int, arms: tuple[Arm, ...], repeats: int) -> dict[str, Any]:
+    """Seconds of a gradient of `batch` sequences, and of each arm's update."""
+    base = config_of(arms[0], 1)
+    model, _ = build(base)
+    tokens = torch.randint(base.vocab_size, (batch, base.seq_len + 1))
+    times = []
+    for _ in range(repeats):
+        model.zero_grad()
+        start = time.process_time()
+        model(tokens[:, :-1], tokens[:, 1:]).backward()
+        times.append(time.process_time() - start)
+    made = [parameter.grad.clone() for parameter in model.parameters()]
+    made_with = {arm.key: build(config_of(arm, 1)) for arm in arms}
+    steps: dict[str, list[float]] = {arm.key: [] for arm in arms}
+    inside = 0.0
+
+    def closure(parameters: list[torch.nn.Parameter]) -> torch.Tensor:
+        nonlocal inside
+        start = time.process_time()
+        for parameter, gradient in zip(parameters, made, strict=True):
+            parameter.grad = gradient.clone()
+        inside += time.process_time() - start
+        return torch.zeros(())
+
+    for _ in range(repeats):  # in turn, so that what else the machine does falls on all alike
+        for key, (trained, optimizer) in made_with.items():
+            inside, start = 0.0, time.process_time()
+            optimizer.step(partial(closure, list(trained.parameters())))
+            steps[key].append(time.process_time() - start - inside)
+    update = {key: statistics.median(values[2:]) for key, values in steps.items()}
+    return {"gradient": statistics.median(times[2:]), "update": update}
+
+
+def main(argv: list[str]) -> None:
+    """Measure and write."""
+    parser = argparse.ArgumentParser(prog="experiments.calibrate", description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("--repeats", type=int, default=40)
+    parser.add_argument("--out", type=Path, default=RESULTS / "figures" / "calibration.json")
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    arms: dict[int, dict[str, Arm]] = {}
+    comparisons = [plan(number, "mini", 1, None, Folders(), {}) for number in FIGURES]
+    for comparison in [*comparisons, *evaluation(Folders())]:
+        for arm in comparison.arms:
+            arms.setdefault(comparison.baseline.options["batch_size"], {})[arm.key] = arm
+    batches = {str(batch): calibrate(batch, tuple(some.values()), arguments.repeats) for batch, some in arms.items()}
+    found = {"cpu": cpu_name(), "torch": torch.__version__, "python": platform.python_version(), "threads": 1}
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps({**found, "batches": batches}, indent=1) + "\n")
+    print(json.dumps(batches, indent=1))
+
+
+if __name__ == "__main__":
+    with one_line_errors("experiments.calibrate"):
+        main(sys.argv[1:])

@@ -1,0 +1,259 @@
+"""Arms compared with a baseline: runs, paired differences at equal updates, gradients and seconds, table and picture."""
+
+import json
+import math
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from common.jsons import jsonable
+from common.pictures import COLOURS, INK, LOOK, STYLES, pyplot
+from experiments.run_jobs import ROOT, Job
+from experiments.statistics import BUDGETS, Curve, difference, interval, largest_rise
+from training.curves import curve
+
+CONFIG = "configs/quickstart_gluon.py"  # the mini scale
+RESULTS = ROOT / "results"
+RUNS = ROOT / "runs"
+UNITS = {"updates": "updates", "passes": "gradients", "seconds": "s"}
+
+Curves = Mapping[int, Curve]  # by seed
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A line of a figure: its folder and file, its name in words, and the options of train_gpt.py that make it."""
+
+    key: str
+    label: str
+    options: Mapping[str, Any]
+    config: str = CONFIG
+
+    @property
+    def setting(self) -> str:
+        """The options that tell an arm from others, in symbols."""
+        symbols = {"lr": "lr", "momentum": "β", "q": "q", "gamma": "γ", "beta1": "β₁", "batch_size": "B"}
+        return ", ".join(f"{symbol} {self.options[name]:g}" for name, symbol in symbols.items() if name in self.options)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Arms (the baseline first), seeds, and where runs and records are. `steps`: updates of each arm.
+
+    Records lie in `records`/ARM.jsonl, so that several comparisons can share an arm.
+    """
+
+    title: str
+    arms: tuple[Arm, ...]
+    seeds: tuple[int, ...]
+    steps: Mapping[str, int]
+    runs: Path
+    records: Path
+    launcher: tuple[str, ...] = ()
+
+    @property
+    def baseline(self) -> Arm:
+        return self.arms[0]
+
+    @property
+    def end(self) -> int:
+        """Where the arms are read: the updates of the shortest."""
+        return min(self.steps.values())
+
+    def job(self, arm: Arm, seed: int) -> Job:
+        options = {**arm.options, "steps": self.steps[arm.key], "seed": seed}
+        return Job(self.runs / arm.key / f"seed{seed}", self.records / f"{arm.key}.jsonl", arm.config, options, self.launcher)
+
+    def jobs(self) -> list[Job]:
+        """Seed by seed, so that a comparison that is cut short has whole seeds."""
+        return [self.job(arm, seed) for seed in self.seeds for arm in self.arms]
+
+    def curves(self, arm: Arm, speed: Mapping[str, Any] | None = None) -> dict[int, Curve]:
+        """The curves of the runs that are finished, by seed. `speed` is a calibration; None takes the runs' own seconds."""
+        pace = speed and (speed["gradient"], speed["update"][arm.key])
+        share = arm.options.get("batch_size", 1) / self.baseline.options.get("batch_size", 1)
+        jobs = {seed: self.job(arm, seed) for seed in self.seeds}
+        return {seed: curve_of(job.record(), self.steps[arm.key], share, pace) for seed, job in jobs.items() if job.finished()}
+
+
+def curve_of(record: Mapping[str, Any], steps: int, share: float = 1.0, speed: tuple[float, float] | None = None) -> Curve:
+    """A record's validations up to `steps`; a run that diverged goes on at infinity.
+
+    `share`: what a gradient of this run counts for, its batch over the baseline's. `speed`: calibrated seconds of a gradient of
+    the baseline, and of an update of this run apart from its gradients.
+    """
+    points = [point for point in curve(record["metrics"]) if point["update"] <= steps]
+    if "diverged" in record:
+        last = points[-1] if points else {"update": 0, "passes": 0, "seconds": 0.0}
+        passes = last["passes"] / last["update"] if last["update"] else 1.0
+        points.append({"update": steps, "passes": passes * steps, "seconds": math.inf, "val_loss": math.inf})
+    updates, passes = [float(point["update"]) for point in points], [share * float(point["passes"]) for point in points]
+    if speed:
+        seconds = [p * speed[0] + u * speed[1] for u, p in zip(updates, passes, strict=True)]
+    else:
+        seconds = [point["seconds"] for point in points]
+    losses = [math.inf if point["val_loss"] is None else point["val_loss"] for point in points]
+    return Curve(tuple(updates), tuple(passes), tuple(seconds), tuple(losses))
+
+
+def read_speed(path: Path, batch: int, arms: tuple[Arm, ...]) -> dict[str, Any] | None:
+    """The calibration of a batch size (see experiments.calibrate); None if it lacks one of the arms."""
+    try:
+        found = json.loads(path.read_text())["batches"][str(batch)]
+    except (OSError, KeyError):
+        return None
+    return found if all(arm.key in found["update"] for arm in arms) else None
+
+
+def compare(comparison: Comparison, speed: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """One row an arm: its loss, and its paired differences to the baseline."""
+    base = comparison.curves(comparison.baseline, speed)
+    rows = []
+    for arm in comparison.arms:
+        curves = comparison.curves(arm, speed)
+        if not curves:
+            continue
+        end = comparison.end
+        some = next(iter(curves.values()))
+        row = {
+            "arm": arm.key, "label": arm.label, "setting": arm.setting, "options": dict(arm.options),
+            "command": " ".join(["python", *comparison.job(arm, comparison.seeds[0]).command[1:]]),
+            "seeds": sorted(curves), "updates": end, "passes": spent(some, "passes", end),
+            "seconds": spent(some, "seconds", end),
+            "loss": interval([c.at("updates", end) for c in curves.values()]),
+            "rise": statistics.fmean(largest_rise(c.losses[1:]) for c in curves.values()),
+        }  # fmt: skip
+        if arm is not comparison.baseline and curves.keys() & base.keys():
+            for budget in BUDGETS:
+                at, gap = difference(curves, base, budget)
+                row[f"equal_{budget}"] = {"budget": at, "difference": gap}
+        rows.append(row)
+    return rows
+
+
+def spent(curve: Curve, budget: str, updates: float) -> float:
+    """What a run had spent of a budget by an update."""
+    return replace(curve, losses=getattr(curve, budget)).at("updates", updates)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as Markdown. A difference below zero is in the variant's favour."""
+    heads = ["method", "setting", "seeds", "validation loss [95%]", "minus the first row, at equal updates"]
+    lines = [[*heads, "at equal gradients", "at equal seconds", "largest rise"]]
+    for row in rows:
+        cells = [row["label"], row["setting"], f"{len(row['seeds'])}", f"{row['loss'].level} at {row['updates']:,}"]
+        for budget, unit in UNITS.items():
+            if f"equal_{budget}" not in row:
+                cells.append("")
+                continue
+            gap = row[f"equal_{budget}"]
+            cells.append(f"{gap['difference']} **{gap['difference'].verdict}** ({gap['budget']:,.0f} {unit})")
+        lines.append([*cells, f"{row['rise']:.3f}"])
+    return markdown(lines)
+
+
+def markdown(rows: list[list[str]]) -> str:
+    """A Markdown table; the first row is its head."""
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]) + "\n"
+
+
+def section(page: str, name: str) -> str | None:
+    """What stands between `<!-- name -->` and `<!-- end of name -->`; None if the page has no such marks."""
+    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    return page.partition(begin)[2].partition(end)[0].strip() if begin in page and end in page else None
+
+
+def replace_section(page: Path, name: str, text: str) -> None:
+    """Replace what stands between the marks of `section`; a page without them stays as it is."""
+    held = page.read_text() if page.exists() else ""
+    if section(held, name) is not None:
+        begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+        head, _, rest = held.partition(begin)
+        page.write_text(f"{head}{begin}\n{text.strip()}\n{end}{rest.partition(end)[2]}")
+
+
+def body(comparison: Comparison, speed: Mapping[str, Any] | None, picture: str, notes: list[str]) -> str:
+    """A comparison as Markdown: table, notes, how it was made, picture."""
+    rows = compare(comparison, speed)
+    seeds = ", ".join(map(str, sorted({seed for row in rows for seed in row["seeds"]})))
+    machine = next((job.record()["environment"] for job in comparison.jobs() if job.finished()), {})
+    made = (
+        f"Seeds {seeds}; {machine.get('device', 'an unknown machine')}, {machine.get('threads', '?')} thread(s) a run, "
+        f"torch {machine.get('torch', '?')}; seconds are {'calibrated' if speed else 'measured in the runs'}."
+    )
+    return "\n".join([table(rows), *(f"- {note}" for note in notes), "", made, "", f"![{comparison.title}]({picture})"])
+
+
+def write(comparison: Comparison, speed: Mapping[str, Any] | None, out: Path, notes: list[str]) -> str:
+    """The numbers, the picture and the page of a comparison: `out` with .json, .png and .md. Returns the page."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    draw(comparison, speed, out.with_suffix(".png"))
+    page = body(comparison, speed, f"{out.name}.png", notes)
+    out.with_suffix(".md").write_text(f"# {comparison.title}\n\n{page}\n")
+    out.with_suffix(".json").write_text(json.dumps(jsonable(compare(comparison, speed)), indent=1, ensure_ascii=False) + "\n")
+    return page
+
+
+def draw(comparison: Comparison, speed: Mapping[str, Any] | None, out: Path) -> None:
+    """Above, the mean validation loss; below, the paired difference to the baseline with its 95% band; against three costs."""
+    plt = pyplot()
+    curves = {arm.key: comparison.curves(arm, speed) for arm in comparison.arms}
+    base, end = curves[comparison.baseline.key], comparison.end
+    with plt.rc_context({**LOOK, "axes.formatter.use_mathtext": False}):
+        page, panels = plt.subplots(2, 3, figsize=(13.2, 6.6), sharex="col", height_ratios=(1.7, 1), layout="constrained")
+        lows, tops, gaps = [], [], {budget: [0.0] for budget in BUDGETS}
+        for i, arm in enumerate(comparison.arms):
+            if not (own := curves[arm.key]):
+                continue
+            colour = INK if arm is comparison.baseline else COLOURS[(i - 1) % len(COLOURS)]
+            style = STYLES[max(i - 1, 0) // len(COLOURS) % len(STYLES)]
+            places = sorted(set.intersection(*(set(c.updates) for c in own.values())))
+            means = {u: statistics.fmean(c.at("updates", u) for c in own.values()) for u in places}
+            late = [loss for u, loss in means.items() if u >= end / 5 and math.isfinite(loss)]
+            lows, tops = lows + late, tops + late[:1]
+            label = arm.label + (f": {means[end]:.3f}" if end in means else "")
+            pairs = sorted(own.keys() & base.keys())
+            for column, budget in enumerate(BUDGETS):
+                x = {u: statistics.fmean(spent(c, budget, u) for c in own.values()) for u in places}
+                shown = [u for u in places if column or u <= end]
+                panels[0][column].plot(
+                    [x[u] for u in shown], [means[u] for u in shown], style, color=colour, lw=1.8, label=label
+                )
+                if arm is comparison.baseline or not pairs:
+                    continue
+                least, points = min(base[s].end(budget) for s in pairs), {}
+                for u in places[1:]:
+                    at = {s: spent(own[s], budget, u) for s in pairs}
+                    if math.isfinite(x[u]) and max(at.values()) <= least:
+                        points[x[u]] = interval([own[s].at("updates", u) - base[s].at(budget, at[s]) for s in pairs])
+                        ends = (points[x[u]].low, points[x[u]].mean, points[x[u]].high)
+                        gaps[budget] += [e for e in ends if math.isfinite(e)] if u >= end / 5 else []
+                panels[1][column].plot(points.keys(), [gap.mean for gap in points.values()], style, color=colour, lw=1.5)
+                if len(pairs) > 1:
+                    band = [gap.low for gap in points.values()], [gap.high for gap in points.values()]
+                    panels[1][column].fill_between(list(points), *band, color=colour, alpha=0.13, lw=0)
+        names = {
+            "updates": "Updates",
+            "passes": "Gradient evaluations",
+            "seconds": "Calibrated seconds" if speed else "Seconds",
+        }
+        for column, budget in enumerate(BUDGETS):
+            panels[1][column].axhline(0, color=INK, lw=1)
+            panels[1][column].set(xlabel=names[budget], xlim=(0, None))
+            low, high = min(gaps[budget]), max(gaps[budget])
+            margin = 0.3 * (high - low) or 0.1
+            panels[1][column].set_ylim(low - margin, high + margin)
+            if lows:
+                low, high = min(lows), max(tops)
+                panels[0][column].set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low))
+            for row in (0, 1):
+                panels[row][column].tick_params(length=0)
+        panels[0][0].set_ylabel("Validation loss")
+        panels[1][0].set_ylabel("Minus the first (95%)")
+        page.suptitle(f"{comparison.title} (mean of {max(map(len, curves.values()))} seeds)", fontsize=13, fontweight="bold")
+        page.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+        page.savefig(out, dpi=140)
+        plt.close(page)

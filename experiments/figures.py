@@ -1,0 +1,267 @@
+"""The figures of "Muon is Provably Faster with Momentum Variance Reduction": run or resume what is missing, and draw.
+
+    python -m experiments.figures --figure 3 --scale mini --jobs 2     two cores
+    python -m experiments.figures --figure 1 --dry-run                 what it would run at full size, and what that costs
+    python -m experiments.figures --figure 1                           GPUs and FineWeb
+    python -m experiments.figures --figure 4 --scale mini --plot-only  draw again, from the packed records
+
+The protocol is the paper's: the baseline is Gluon at its recipe (β = 0.9, one lr, constant), the variant runs at the same lr,
+and the curves are compared at equal updates. The same is done at equal gradient evaluations and at equal seconds, because the
+variants take two gradients a step. Figures 1 and 2 show MVR-1 at B = 512 and B = 128, figure 3 MVR-2, figure 4 MVR-3 at
+q = 0.5 and α = 0.8, in both readings of α. Where a caption gives no β or q, the figure shows several instead of a choice.
+
+`full` is GPT-124M on FineWeb-10B (configs/gluon_b512.py). `mini` is the byte model of configs/quickstart_gluon.py at lr 2.5e-4:
+8 sequences a step stand for B = 512, 2 for B = 128. A seed is the initial weights and the order of the data, the same for all
+arms. Differences are paired by seed, with 95% intervals (Student's t). At mini scale the baseline runs twice as long, as far as
+the text goes, so that a variant's end is compared with the Gluon that has used as many gradients.
+
+Runs go to runs/figures/, and their records to results/figures/. Mini seconds are calibrated (experiments.calibrate).
+Everything after `--` goes to train_gpt.py.
+"""
+
+import argparse
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError, one_line_errors
+from common.tables import aligned
+from experiments.comparison import CONFIG, RESULTS, RUNS, Arm, Comparison, body, compare, read_speed, replace_section, write
+from experiments.run_jobs import GOES_ON, ROOT, run_all
+from experiments.setup import evaluations
+from training.config import Config, load_config
+
+LR = 2.5e-4
+TEXT_STEPS = {8: 5500, 2: 22000}  # the embedded text is not longer
+ASSUMED_TOKENS = 8000  # a second and gradient on one core
+PEAK, SHARE = 989e12, 0.4  # of an H100 or H200, and how much of it is assumed
+SHARD = 100_000_000
+
+GLUON = Arm("gluon", "Gluon", {"optimizer": "gluon", "momentum": 0.9})
+MVR1 = tuple(
+    Arm(f"mvr1_beta{beta:g}", f"MVR-1, β {beta:g}", {"optimizer": "mvr1", "momentum": beta, "gamma": 1.0})
+    for beta in (0.9, 0.5, 0.1)
+)
+MVR2 = tuple(Arm(f"mvr2_q{q:g}", f"MVR-2, q {q:g}", {"optimizer": "mvr2", "momentum": 0.9, "q": q}) for q in (0.5, 0.8))
+MVR3 = tuple(
+    Arm(f"mvr3_beta{b:g}", f"MVR-3, q 0.5, β {b:g}", {"optimizer": "mvr3", "momentum": b, "q": 0.5, "gamma": 1.0})
+    for b in (0.2, 0.8)
+)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """`batch`: sequences a step at mini and at full scale. `steps`: updates at mini scale."""
+
+    title: str
+    batch: Mapping[str, int]
+    variants: tuple[Arm, ...]
+    steps: int
+
+
+B512, B128 = {"mini": 8, "full": 512}, {"mini": 2, "full": 128}
+FIGURES = {
+    1: Figure("Figure 1: Gluon and MVR-1, B = 512", B512, MVR1, 1000),
+    2: Figure("Figure 2: Gluon and MVR-1, B = 128", B128, MVR1, 1000),
+    3: Figure("Figure 3: Gluon and MVR-2, B = 512", B512, MVR2, 1000),
+    4: Figure("Figure 4: Gluon and MVR-3, B = 512", B512, MVR3, 3000),
+}
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Where runs and results are."""
+
+    runs: Path = RUNS
+    results: Path = RESULTS
+
+
+def plan(number: int, scale: str, seeds: int, steps: int | None, folders: Folders, extra: Mapping[str, str]) -> Comparison:
+    """What a figure runs at a scale."""
+    figure = FIGURES[number]
+    batch = figure.batch[scale]
+    if scale == "mini":
+        common = {
+            "lr": LR, "batch_size": batch, "val_every": 50, "log_every": 50, "checkpoint_every": 500, "keep_checkpoints": 1,
+        }  # fmt: skip
+        config, launcher = CONFIG, ()
+    else:
+        common, config, launcher = {}, f"configs/gluon_b{batch}.py", _torchrun()
+    length = steps or (figure.steps if scale == "mini" else load_config(["--config", str(ROOT / config)]).steps)
+    arms = tuple(replace(arm, options={**arm.options, **common, **extra}, config=config) for arm in (GLUON, *figure.variants))
+    lengths = {arm.key: length for arm in arms}
+    if scale == "mini":
+        lengths["gluon"] = max(length, min(2 * length, TEXT_STEPS[batch]))
+    place = Path("figures") / scale / f"b{batch}"
+    title = f"{figure.title} ({scale} scale)"
+    return Comparison(title, arms, tuple(range(seeds)), lengths, folders.runs / place, folders.results / place, launcher)
+
+
+def _torchrun() -> tuple[str, ...]:
+    """How train_gpt.py starts on this machine's GPUs."""
+    import torch
+
+    count = torch.cuda.device_count()
+    return (sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={count}") if count > 1 else ()
+
+
+# What it costs --------------------------------------------------------------------------------------------------------
+
+
+def dry_run(comparison: Comparison, scale: str, speed: Mapping[str, Any] | None) -> str:
+    """The runs on paper."""
+    full = scale == "full"
+    rows = [["arm", "B", "updates", "tokens", "gradients", *(("shards", "1 GPU", "8 GPUs") if full else ("1 core",))]]
+    total, shards = 0.0, 0
+    for arm in comparison.arms:
+        config = config_of(arm, comparison.steps[arm.key])
+        tokens = config.steps * config.batch_size * config.seq_len
+        passes = evaluations(config.optimizer, config.steps)
+        seconds = _seconds(arm, config, passes, full, speed)
+        total, shards = total + seconds, max(shards, -(-(tokens + 1) // SHARD))
+        times = (f"{-(-(tokens + 1) // SHARD)}", _duration(seconds), _duration(seconds / 8)) if full else (_duration(seconds),)
+        rows.append([arm.key, f"{config.batch_size}", f"{config.steps:,}", f"{tokens:,}", f"{passes:,}", *times])
+    seeds = len(comparison.seeds)
+    all_of_it = f"all of it, {seeds} seed{'s' if seeds > 1 else ''}: {_duration(seeds * total)} of "
+    if full:
+        note = (
+            f"{all_of_it}one GPU, at an assumed {SHARE:.0%} of the {PEAK / 1e12:.0f} TFLOP/s (bfloat16) of an H100 or H200.\n"
+            f"Data: python -m data.fineweb --shards {shards}"
+        )
+    else:
+        known = "results/figures/calibration.json" if speed else f"an assumed {ASSUMED_TOKENS:,} tokens a second and gradient"
+        note = f"{all_of_it}one core, from {known}."
+    commands = [" ".join(["python", *comparison.job(arm, 0).command[1:]]) for arm in comparison.arms]
+    return "\n".join([comparison.title, "", aligned(rows), "", note, "", *commands])
+
+
+def config_of(arm: Arm, steps: int) -> Config:
+    """An arm's whole configuration, checked."""
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in {**arm.options, "steps": steps}.items()]
+    return load_config(["--config", str(ROOT / arm.config), *words])
+
+
+def _seconds(arm: Arm, config: Config, passes: int, full: bool, speed: Mapping[str, Any] | None) -> float:
+    tokens = passes * config.batch_size * config.seq_len
+    if full:
+        import torch
+
+        from model import GPT, GPTConfig
+
+        with torch.device("meta"):
+            model = GPT(GPTConfig(config.vocab_size, config.n_layer, config.n_head, config.d_model, config.seq_len))
+        validations = (config.steps // config.val_every + 1) * config.val_tokens
+        return model.flops_per_token(config.seq_len) * (tokens + validations / 3) / (SHARE * PEAK)
+    if speed:
+        return passes * speed["gradient"] + config.steps * speed["update"][arm.key]
+    return tokens / ASSUMED_TOKENS
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+# What came out --------------------------------------------------------------------------------------------------------
+
+
+def signs(number: int, comparison: Comparison, speed: Mapping[str, Any] | None) -> list[str]:
+    """Whether the paper's sign is seen, a line for each variant."""
+    base = comparison.curves(comparison.baseline, speed)
+    lines = []
+    for row in compare(comparison, speed)[1:]:
+        own = comparison.curves(next(arm for arm in comparison.arms if arm.key == row["arm"]), speed)
+        gap = row["equal_updates"]["difference"]
+        seen = {"better": "seen", "worse": "not seen", "undecided": "undecided"}[gap.verdict]
+        places = [u for u in next(iter(own.values())).updates if 0 < u <= row["equal_updates"]["budget"]]
+        pairs = sorted(own.keys() & base.keys())
+        leads = {u: sum(own[s].at("updates", u) - base[s].at("updates", u) for s in pairs) / len(pairs) for u in places}
+        ahead = sum(lead < 0 for lead in leads.values())
+        best = min(leads, key=leads.get)
+        line = f"{row['label']}: a lower loss at equal updates is **{seen}**, {gap} at {row['equal_updates']['budget']:,.0f}; "
+        line += f"ahead at {ahead} of {len(leads)} validations, at best by {-leads[best]:+.3f} at {best:,.0f}"
+        if number == 4:
+            line += (
+                f"; a transient instability is {'seen' if row['rise'] > 0.01 else 'not seen'} (largest rise {row['rise']:.3f})"
+            )
+        lines.append(line)
+    return lines
+
+
+def page_of(comparison: Comparison, number: int, scale: str, speed: Mapping[str, Any] | None) -> str:
+    """A figure's section of results/README.md."""
+    return body(comparison, speed, f"figures/figure{number}_{scale}.png", signs(number, comparison, speed))
+
+
+def extra_options(words: list[str]) -> dict[str, str]:
+    """`--key value` and `--key=value` as a dictionary."""
+    options, i = {}, 0
+    while i < len(words):
+        if not words[i].startswith("--"):
+            raise UserError(f"{words[i]!r} belongs to no option; after -- write options of train_gpt.py as --key value")
+        name, equals, value = words[i][2:].partition("=")
+        if not equals:
+            i += 1
+            if i == len(words):
+                raise UserError(f"--{name} needs a value")
+            value = words[i]
+        options[name.replace("-", "_")] = value
+        i += 1
+    return options
+
+
+def main(argv: list[str]) -> None:
+    """Plan; print, or run; draw."""
+    own, extra = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
+    parser = argparse.ArgumentParser(prog="experiments.figures", description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("--figure", type=int, choices=tuple(FIGURES), required=True)
+    parser.add_argument("--scale", choices=("full", "mini"), default="full")
+    parser.add_argument("--seeds", type=int, help="how many: 0, 1, … (default: 1 at full size, 5 at mini)")
+    parser.add_argument("--steps", type=int, help="updates (default: the config's; mini: 1000, figure 4: 3000)")
+    parser.add_argument("--only", nargs="+", metavar="ARM", help="run these arms alone")
+    parser.add_argument("--jobs", type=int, default=1, help="mini runs at once, one thread each [1]")
+    parser.add_argument("--runs", type=Path, default=RUNS, help="where runs go [runs]")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where results go [results]")
+    parser.add_argument("--dry-run", action="store_true", help="say what would run, and what it costs")
+    parser.add_argument("--plot-only", action="store_true", help="draw what is there")
+    arguments = parser.parse_args(own)
+    scale, folders = arguments.scale, Folders(arguments.runs, arguments.results)
+    seeds = arguments.seeds or (5 if scale == "mini" else 1)
+    comparison = plan(arguments.figure, scale, seeds, arguments.steps, folders, extra_options(extra))
+    if wrong := set(arguments.only or ()) - {arm.key for arm in comparison.arms}:
+        raise UserError(f"no arm {min(wrong)}; the arms are {', '.join(arm.key for arm in comparison.arms)}")
+    calibration = arguments.results / "figures" / "calibration.json"
+    speed = read_speed(calibration, FIGURES[arguments.figure].batch[scale], comparison.arms) if scale == "mini" else None
+    if arguments.dry_run:
+        print(dry_run(comparison, scale, speed))
+        return
+    if not arguments.plot_only:
+        if scale == "full":
+            print(dry_run(comparison, scale, None))
+            _need_gpu()
+        jobs = [job for job in comparison.jobs() if not arguments.only or job.folder.parent.name in arguments.only]
+        run_all(jobs, arguments.jobs if scale == "mini" else 1)
+    if not comparison.curves(comparison.baseline):
+        raise UserError(f"no run of figure {arguments.figure}'s baseline is done yet; leave out --plot-only and --only")
+    out = arguments.results / "figures" / f"figure{arguments.figure}_{scale}"
+    print(write(comparison, speed, out, signs(arguments.figure, comparison, speed)))
+    replace_section(
+        arguments.results / "README.md",
+        f"{scale} figure {arguments.figure}",
+        page_of(comparison, arguments.figure, scale, speed),
+    )
+
+
+def _need_gpu() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UserError("the full size needs a GPU; --scale mini runs on a CPU, --dry-run says what full would take")
+
+
+if __name__ == "__main__":
+    with one_line_errors("experiments.figures", interrupted=GOES_ON):
+        main(sys.argv[1:])

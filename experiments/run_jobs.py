@@ -1,0 +1,201 @@
+"""Runs of train_gpt.py as subprocesses, a few at a time: started, resumed, skipped if they are done, and packed.
+
+A run writes to runs/, which is not kept. What it measured is packed: one file per arm of a study, one line of JSON per run,
+with the run's name, config, environment and metrics. A packed run counts as done, so a study can go on without runs/.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError
+from common.files import atomic_file
+from common.jsons import jsonable
+from training.curves import curve, read_config, read_metrics, read_packed
+
+ROOT = Path(__file__).resolve().parent.parent
+GOES_ON = "stopped; the same command goes on from here"
+
+# These may change without making it another run.
+_FREE = {"steps", "val_every", "log_every", "checkpoint_every", "keep_checkpoints", "data_dir", "device"}
+_ENVIRONMENT = ("time", "platform", "device", "cores", "threads", "python", "torch", "cuda", "revision")
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: its folder, the file that its record is packed into, its config file and the options that differ from it."""
+
+    folder: Path
+    packed: Path
+    config: str
+    options: dict[str, bool | int | float | str] = field(default_factory=dict)
+    launcher: tuple[str, ...] = ()  # before train_gpt.py; default: this Python
+
+    @property
+    def steps(self) -> int:
+        return int(self.options["steps"])
+
+    @property
+    def command(self) -> list[str]:
+        """The command, with paths relative to the repository if they lie in it."""
+        options = {
+            "results-dir": relative(self.folder.parent),
+            "run-name": self.folder.name,
+            **{name.replace("_", "-"): value for name, value in self.options.items()},
+        }
+        words = [f"--{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in options.items()]
+        return [*(self.launcher or (sys.executable,)), "train_gpt.py", f"--config={self.config}", "--resume=auto", *words]
+
+    def record(self) -> Record | None:
+        """What is known of this run: the packed record or the folder's, whichever is further on; None if there is none."""
+        packed, here = packed_records(self.packed).get(self.folder.name), self._of_folder()
+        return max((r for r in (packed, here) if r is not None), key=_reached, default=None)
+
+    def _of_folder(self) -> Record | None:
+        if not (self.folder / "metrics.jsonl").exists():
+            return None
+        record = {
+            "run": self.folder.name,
+            "config": read_config(self.folder),
+            "environment": _environment_of(self.folder),
+            "metrics": read_metrics(self.folder),
+        }
+        diverged = self.folder / "diverged.txt"
+        return record | ({"diverged": diverged.read_text().strip()} if diverged.exists() else {})
+
+    def changed(self) -> str:
+        """Which setting this run was started with that is another one now, in words; empty if there is none."""
+        saved = (self.record() or {}).get("config", {})
+        for name in sorted(self.options.keys() & saved.keys() - _FREE):
+            kind, wanted = type(saved[name]), self.options[name]
+            wanted = str(wanted).lower() == "true" if kind is bool else kind(wanted)
+            if wanted != saved[name]:
+                return f"{relative(self.folder)} was run with {name} = {saved[name]}, not {wanted}; remove it to run it again"
+        return ""
+
+    def state(self) -> str:
+        """`done`, `diverged`, `begun` or `new`."""
+        record = self.record()
+        if record is None:
+            return "new"
+        if "diverged" in record:
+            return "diverged"
+        return "done" if _reached(record) >= self.steps else "begun"
+
+    def finished(self) -> bool:
+        return self.state() in ("done", "diverged")
+
+
+def relative(path: Path) -> str:
+    """As seen from the repository, if it lies in it."""
+    path = path.resolve()
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+
+
+def packed_records(path: Path) -> dict[str, Record]:
+    """The records in a packed file, by the name of the run; empty if there is no such file."""
+    return {record["run"]: record for record in read_packed(path)} if path.exists() else {}
+
+
+def pack(jobs: Iterable[Job]) -> None:
+    """Write the records of the runs that are finished into their packed files. Runs that are there already stay."""
+    files: dict[Path, list[Job]] = {}
+    for job in jobs:
+        files.setdefault(job.packed, []).append(job)
+    for path, members in files.items():
+        before = packed_records(path)
+        after = before | {job.folder.name: job.record() for job in members if job.finished()}
+        if after == before:
+            continue
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(path) as file:
+            for _, record in sorted(after.items()):
+                file.write((json.dumps(jsonable(record), ensure_ascii=False) + "\n").encode())
+
+
+def run_all(jobs: list[Job], at_once: int) -> None:
+    """Run what is not done yet, `at_once` at a time, in the order given, and pack what is finished.
+
+    Interrupted, it stops the runs and can be started again. A loss that is no longer finite ends a run as `diverged`. Any other
+    failure ends everything with a UserError.
+    """
+    if wrong := next(filter(None, (job.changed() for job in jobs)), ""):
+        raise UserError(wrong)
+    waiting = [job for job in jobs if not job.finished()]
+    print(f"{len(jobs)} runs: {len(jobs) - len(waiting)} done, {len(waiting)} to run", flush=True)
+    running: set[subprocess.Popen] = set()
+    failed, packing = threading.Event(), threading.Lock()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: the runs are stopped too
+
+    def work(job: Job) -> None:
+        if failed.is_set():
+            return
+        started = time.monotonic()
+        process = subprocess.Popen(
+            job.command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=_environment()
+        )
+        running.add(process)
+        try:
+            _, errors = process.communicate()
+        finally:
+            running.discard(process)
+        if failed.is_set():
+            return
+        lines = errors.strip().splitlines()
+        last = lines[-1] if lines else "no message"
+        if process.returncode and _diverged(last):
+            (job.folder / "diverged.txt").write_text(last.removeprefix("train_gpt: ") + "\n")
+        elif process.returncode:
+            failed.set()
+            raise UserError(f"{relative(job.folder)} failed: {last}")
+        state = job.state()
+        loss = f"{curve(job.record()['metrics'])[-1]['val_loss']:.4f}" if state == "done" else state
+        with packing:
+            pack([job])
+        print(f"  {relative(job.folder)}   {loss}   {time.monotonic() - started:.0f} s", flush=True)
+
+    pack(jobs)
+    with ThreadPoolExecutor(max_workers=at_once) as pool:
+        try:
+            for future in [pool.submit(work, job) for job in waiting]:
+                future.result()
+        except BaseException:
+            failed.set()
+            for process in list(running):
+                process.terminate()  # train_gpt.py writes a checkpoint first
+            raise
+
+
+def _reached(record: Record) -> float:
+    """The update of the last validation; a run that diverged is further than all."""
+    points = curve(record["metrics"])
+    return float("inf") if "diverged" in record else points[-1]["update"] if points else -1
+
+
+def _environment_of(folder: Path) -> dict[str, Any]:
+    """What matters of the last launch."""
+    try:
+        last = json.loads((folder / "environment.json").read_text())[-1]
+    except (OSError, ValueError, IndexError):
+        return {}
+    return {name: last[name] for name in _ENVIRONMENT if name in last}
+
+
+def _diverged(message: str) -> bool:
+    return message.startswith("train_gpt: ") and any(word in message for word in (" is nan", " is inf", "not finite"))
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}

@@ -1,0 +1,36 @@
+"""The data, the model and the optimizer of a run, as train_gpt.py makes them, for studies that look inside."""
+
+import torch
+
+from data import embedded
+from data.loader import BatchLoader, TokenStream
+from data.shards import list_shards
+from model import GPT, GPTConfig
+from optim import Gluon, GluonMVR1, GluonMVR2, GluonMVR3, PreviousBatchMVR
+from train_gpt import build_optimizer
+from training.config import Config
+
+_TWO_PASSES = {"mvr1": GluonMVR1, "mvr2": GluonMVR2, "mvr3": GluonMVR3, "previous_batch": PreviousBatchMVR}
+
+
+def evaluations(optimizer: str, updates: int) -> int:
+    """The gradient evaluations of a run; the first step of a deferred optimizer has no previous weights."""
+    kind = _TWO_PASSES.get(optimizer, Gluon)
+    return kind.passes * updates - (kind.deferred and updates > 0)
+
+
+def build(config: Config, device: torch.device | str = "cpu") -> tuple[GPT, torch.optim.Optimizer]:
+    """Model and optimizer, seeded."""
+    torch.manual_seed(config.seed)
+    model = GPT(GPTConfig(config.vocab_size, config.n_layer, config.n_head, config.d_model, config.seq_len)).to(device)
+    return model, build_optimizer(model, config)
+
+
+def batches(config: Config, device: torch.device | str = "cpu") -> BatchLoader:
+    """The stream of training batches; makes the embedded text if the config asks for it."""
+    if config.text and not list_shards(config.data_dir):
+        embedded.prepare(config.data_dir)
+    return BatchLoader(
+        TokenStream(config.data_dir, "train"), batch_size=config.batch_size, seq_len=config.seq_len, device=device,
+        vocab_size=config.vocab_size, shuffle_seed=config.seed if config.shuffle else None,
+    )  # fmt: skip
