@@ -28,7 +28,8 @@ def travel_dtype(p: Tensor, norm: Norm | None) -> torch.dtype:
     if isinstance(norm, Sign):
         return torch.int8
     if isinstance(norm, Spectral):
-        return work_dtype(local(p).new_empty(0, dtype=buffer_dtype(p)), norm.polar)
+        matrix = local(p).new_empty((), dtype=buffer_dtype(p)).expand(p.shape[0], math.prod(p.shape[1:]))
+        return work_dtype(matrix, norm.polar)
     return buffer_dtype(p)
 
 

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.optim._muon import _adjust_lr
 
+import optim.polar
 from optim import Gluon
 from optim.norms import NORMS, SCALES, get_norm, spectral_factor
-from optim.polar import METHODS, polar, work_dtype
+from optim.polar import METHODS, has_bfloat16_units, polar, work_dtype
 
 settings.register_profile("optim", deadline=None, derandomize=True, max_examples=60, database=None)
 settings.load_profile("optim")
@@ -305,13 +306,31 @@ def test_zero_and_nonzero_matrices_in_one_stack(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_precision(method):
-    """float64 stays float64, and is not float32 in between; half precision is computed in float32 on a CPU."""
+    """float64 stays float64, and is not float32 in between; half precision is computed in float32 where it is small."""
     m = gaussian((5, 8))
     assert polar(m, method).dtype == torch.float64
     difference = (polar(m, method) - polar(m.float(), method).double()).abs().max()
     assert 1e-12 < difference < 1e-4
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         assert polar(m.to(dtype), method).dtype == work_dtype(m.to(dtype), method) == torch.float32
+
+
+@pytest.mark.parametrize("method", ["polar_express", "newton_schulz"])
+@pytest.mark.parametrize("units", [True, False])
+def test_a_cpu_with_bfloat16_units_uses_them_for_matrices_that_gain(method, units, monkeypatch):
+    monkeypatch.setattr(optim.polar, "has_bfloat16_units", lambda device: units)
+    m = gaussian((2, 96, 64), dtype=torch.float32)
+    factor = polar(m, method)
+    assert factor.dtype == work_dtype(m, method) == (torch.bfloat16 if units else torch.float32)
+    assert polar(m[:, :63], method).dtype == polar(m, "svd").dtype == torch.float32
+    exact = polar(m.double(), method)
+    assert (factor - exact).norm() < (2e-2 if units else 1e-5) * exact.norm()
+    assert (work_dtype(m.double(), method), exact.dtype) == (torch.float64, torch.float64)
+
+
+def test_bfloat16_units_are_looked_for_on_every_device():
+    assert has_bfloat16_units(torch.device("cpu")) in (True, False)
+    assert not has_bfloat16_units(torch.device("mps")) and not has_bfloat16_units(torch.device("meta"))
 
 
 @given(seed=st.integers(0, 10**6), rank=st.integers(1, 3))
