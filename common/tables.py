@@ -1,4 +1,4 @@
-"""Tables for the terminal."""
+"""Tables for the terminal and for pages."""
 
 from collections.abc import Sequence
 
@@ -14,3 +14,9 @@ def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> str:
         for row in rows
     )
     return "\n".join(line.rstrip() for line in lines)
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; the first row is its head."""
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]) + "\n"

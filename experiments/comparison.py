@@ -10,6 +10,7 @@ from typing import Any
 
 from common.jsons import jsonable
 from common.pictures import COLOURS, INK, LOOK, STYLES, pyplot
+from common.tables import markdown
 from experiments.run_jobs import ROOT, Job
 from experiments.statistics import BUDGETS, Curve, difference, interval, largest_rise
 from training.curves import curve
@@ -152,12 +153,6 @@ def table(rows: list[dict[str, Any]]) -> str:
             cells.append(f"{gap['difference']} **{gap['difference'].verdict}** ({gap['budget']:,.0f} {unit})")
         lines.append([*cells, f"{row['rise']:.3f}"])
     return markdown(lines)
-
-
-def markdown(rows: list[list[str]]) -> str:
-    """A Markdown table; the first row is its head."""
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]) + "\n"
 
 
 def section(page: str, name: str) -> str | None:

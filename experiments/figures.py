@@ -121,10 +121,10 @@ def dry_run(comparison: Comparison, scale: str, speed: Mapping[str, Any] | None)
         passes = evaluations(config.optimizer, config.steps)
         seconds = _seconds(arm, config, passes, full, speed)
         total, shards = total + seconds, max(shards, -(-(tokens + 1) // SHARD))
-        times = (f"{-(-(tokens + 1) // SHARD)}", _duration(seconds), _duration(seconds / 8)) if full else (_duration(seconds),)
+        times = (f"{-(-(tokens + 1) // SHARD)}", duration(seconds), duration(seconds / 8)) if full else (duration(seconds),)
         rows.append([arm.key, f"{config.batch_size}", f"{config.steps:,}", f"{tokens:,}", f"{passes:,}", *times])
     seeds = len(comparison.seeds)
-    all_of_it = f"all of it, {seeds} seed{'s' if seeds > 1 else ''}: {_duration(seeds * total)} of "
+    all_of_it = f"all of it, {seeds} seed{'s' if seeds > 1 else ''}: {duration(seeds * total)} of "
     if full:
         note = (
             f"{all_of_it}one GPU, at an assumed {SHARE:.0%} of the {PEAK / 1e12:.0f} TFLOP/s (bfloat16) of an H100 or H200.\n"
@@ -159,7 +159,8 @@ def _seconds(arm: Arm, config: Config, passes: int, full: bool, speed: Mapping[s
     return tokens / ASSUMED_TOKENS
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """In the unit that suits it."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

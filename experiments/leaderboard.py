@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 from common.errors import UserError, one_line_errors
+from common.tables import markdown
 from experiments import figures, sweep
-from experiments.comparison import RESULTS, RUNS, compare, markdown, read_speed, replace_section, section
+from experiments.comparison import RESULTS, RUNS, compare, read_speed, replace_section, section
 from experiments.figures import FIGURES, Folders
 
 NOT_RUN = "Not run yet: `{}`."

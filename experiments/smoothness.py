@@ -291,6 +291,11 @@ def _median(result: dict, names: list[str], key: Callable[[dict[str, list[float]
     return float(np.median([key({k: v[start:] for k, v in result["layers"][name].items()}) for name in names]))
 
 
+def noise_ratio(result: dict) -> float:
+    """S/σ, the median over layers and the second half of the run."""
+    return _median(result, list(result["layers"]), _over("difference_noise", "sigma"))
+
+
 def _over(upper: str, lower: str) -> Callable[[dict[str, list[float]]], np.ndarray]:
     return lambda series: np.asarray(series[upper]) / np.maximum(np.asarray(series[lower]), 1e-30)
 

@@ -29,7 +29,8 @@ from typing import Any
 
 from common.errors import UserError, one_line_errors
 from common.jsons import jsonable
-from experiments.comparison import CONFIG, RESULTS, RUNS, Arm, Comparison, markdown, read_speed, write
+from common.tables import markdown
+from experiments.comparison import CONFIG, RESULTS, RUNS, Arm, Comparison, read_speed, write
 from experiments.figures import LR, Folders
 from experiments.run_jobs import GOES_ON, Job, run_all
 from training.curves import curve

@@ -1,0 +1,215 @@
+"""Where does the correction pay? The loss of MVR-1 and MVR-2 minus Gluon's, over the step and the weight of the new gradient.
+
+    python -m experiments.map --plan              what it runs, and for how long
+    python -m experiments.map --jobs 2            run or resume, measure the noise, draw; about 8 hours of one core
+    python -m experiments.map --plot-only         draw again, from the packed records
+
+MVR-1 (γ = 1) runs over (lr, β) and is compared with Gluon at the same lr and β. MVR-2 runs over (lr, q) at β = 0.9 and is
+compared with Gluon at that lr and β = 0.9. Both maps are read at two horizons, a fifth of the run and its end; the lr is
+constant, so a run's beginning is a shorter run.
+
+The claim that it tests: the noise S of g - ĝ enters every step and lives as long as the average does, so the correction pays
+where S/σ is below the weight of the new gradient, 1-β or q (σ is the noise of g). S/σ is measured along runs of Gluon at each
+lr (experiments.smoothness), as the median over layers and over the second half of the run. The dotted line is S/σ; the claim is
+that the map is below zero above it.
+"""
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError, one_line_errors
+from common.files import atomic_file
+from common.jsons import jsonable
+from common.pictures import INK, LOOK, pyplot
+from common.tables import markdown
+from experiments import smoothness
+from experiments.comparison import CONFIG, RESULTS, RUNS
+from experiments.figures import ASSUMED_TOKENS, Folders, duration
+from experiments.run_jobs import GOES_ON, ROOT, Job, run_all
+from experiments.setup import evaluations
+from experiments.statistics import interval
+from training.config import load_config
+from training.curves import curve
+
+LRS = (6.25e-5, 1.25e-4, 2.5e-4, 5e-4, 1e-3)
+BETAS = (0.05, 0.2, 0.5, 0.8, 0.9)
+QS = (0.2, 0.35, 0.5, 0.8)
+STEPS, SHARE = 1000, 5  # the long horizon, and how much shorter the other is
+BATCH, NOISE_STEPS, POOL = 8, 60, 8
+
+Cell = tuple[str, float, float]  # method, lr, and β (gluon, mvr1) or q (mvr2)
+
+
+def cells() -> list[Cell]:
+    """All runs of one seed. Gluon's at β = 0.9 serve both maps."""
+    gluon = [("gluon", lr, beta) for lr in LRS for beta in BETAS]
+    return gluon + [("mvr1", lr, beta) for lr in LRS for beta in BETAS] + [("mvr2", lr, q) for lr in LRS for q in QS]
+
+
+def job_of(folders: Folders, cell: Cell, seed: int, steps: int) -> Job:
+    """The run of a cell."""
+    method, lr, value = cell
+    knob = {"momentum": 0.9, "q": value} if method == "mvr2" else {"momentum": value}
+    options = {
+        "optimizer": method, "lr": lr, **knob, **({"gamma": 1.0} if method == "mvr1" else {}), "batch_size": BATCH,
+        "steps": steps, "seed": seed, "val_every": steps // SHARE, "log_every": steps // SHARE,
+        "checkpoint_every": 0, "keep_checkpoints": 1,
+    }  # fmt: skip
+    name = f"lr{lr:g}_{'q' if method == 'mvr2' else 'beta'}{value:g}_seed{seed}"
+    return Job(folders.runs / "map" / method / name, folders.results / "map" / f"{method}.jsonl", CONFIG, options)
+
+
+def losses(folders: Folders, steps: int, seeds: int) -> dict[tuple[Cell, int], dict[int, float]]:
+    """Validation losses by update of every finished run; infinite where it diverged."""
+    found = {}
+    for cell in cells():
+        for seed in range(seeds):
+            job = job_of(folders, cell, seed, steps)
+            if job.finished():
+                record = job.record()
+                ends = dict.fromkeys((steps // SHARE, steps), math.inf) if "diverged" in record else {}
+                found[cell, seed] = ends | {point["update"]: point["val_loss"] for point in curve(record["metrics"])}
+    return found
+
+
+def differences(found: dict[tuple[Cell, int], dict[int, float]], horizon: int) -> list[dict[str, Any]]:
+    """A row for each cell of the two maps: method minus Gluon, paired by seed."""
+    rows = []
+    for method, lr, value in cells():
+        base = ("gluon", lr, 0.9 if method == "mvr2" else value)
+        seeds = [seed for cell, seed in found if cell == (method, lr, value) and (base, seed) in found]
+        if method != "gluon" and seeds:
+            gaps = [_gap(found[(method, lr, value), seed][horizon], found[base, seed][horizon]) for seed in seeds]
+            weight = value if method == "mvr2" else round(1 - value, 6)
+            rows.append({"method": method, "lr": lr, "weight": weight, "horizon": horizon, "difference": interval(gaps)})
+    return rows
+
+
+def _gap(variant: float, baseline: float) -> float:
+    return variant - baseline if math.isfinite(variant) and math.isfinite(baseline) else math.inf
+
+
+def noise(path: Path, words: list[str]) -> dict[float, float]:
+    """S/σ at each lr, measured where it is not in the file yet."""
+    held = {float(lr): ratio for lr, ratio in json.loads(path.read_text()).items()} if path.exists() else {}
+    for lr in LRS:
+        if lr not in held:
+            options = [f"--lr={lr}", f"--batch-size={BATCH}", f"--steps={NOISE_STEPS}", *words]
+            config = load_config(["--config", str(ROOT / CONFIG), *options])
+            measured = smoothness.measure(config, POOL, [], lambda line: print(line, file=sys.stderr, flush=True))
+            held[lr] = smoothness.noise_ratio(measured)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_file(path) as file:
+                file.write((json.dumps({f"{key:g}": float(f"{held[key]:.4g}") for key in sorted(held)}) + "\n").encode())
+    return held
+
+
+def verdict(rows: list[dict[str, Any]], ratios: dict[float, float]) -> str:
+    """In how many cells the claim names the sign."""
+    right = sum((row["difference"].mean < 0) == (ratios[row["lr"]] < row["weight"]) for row in rows)
+    below = sum(row["difference"].mean < 0 for row in rows)
+    predicted = sum(ratios[row["lr"]] < row["weight"] for row in rows)
+    return (
+        f"the correction lowers the loss in {below} of {len(rows)} cells, the claim says {predicted}, "
+        f"and it names the sign of {right}"
+    )
+
+
+def page(rows: list[dict[str, Any]], ratios: dict[float, float]) -> str:
+    """The maps as Markdown."""
+    names = {"mvr1": "MVR-1 minus Gluon at the same β; rows: 1-β", "mvr2": "MVR-2 minus Gluon, β = 0.9; rows: q"}
+    out = ["# Where the correction pays", "", "Made by `python -m experiments.map`. Below zero: the correction helps."]
+    out += ["", markdown([["", *(f"lr {lr:g}" for lr in LRS)], ["S/σ", *(f"{ratios[lr]:.2f}" for lr in LRS)]])]
+    for horizon in sorted({row["horizon"] for row in rows}):
+        for method, name in names.items():
+            mine = [row for row in rows if row["method"] == method and row["horizon"] == horizon]
+            table = [["", *(f"lr {lr:g}" for lr in LRS)]]
+            for weight in sorted({row["weight"] for row in mine}):
+                line = {row["lr"]: str(row["difference"]) for row in mine if row["weight"] == weight}
+                table.append([f"{weight:g}", *(line.get(lr, "") for lr in LRS)])
+            if mine:
+                out += [f"## {name}, {horizon:,} updates", "", markdown(table), f"Here {verdict(mine, ratios)}.", ""]
+    return "\n".join([*out, "![the maps](map.png)", ""])
+
+
+def draw(rows: list[dict[str, Any]], ratios: dict[float, float], out: Path) -> None:
+    """Four maps: two methods, two horizons."""
+    plt = pyplot()
+    horizons = sorted({row["horizon"] for row in rows})
+    finite = [abs(row["difference"].mean) for row in rows if math.isfinite(row["difference"].mean)]
+    most = sorted(finite)[int(0.8 * (len(finite) - 1))] if finite else 1.0
+    with plt.rc_context({**LOOK, "axes.grid": False}):
+        figure, panels = plt.subplots(len(horizons), 2, figsize=(11, 4 * len(horizons)), layout="constrained", squeeze=False)
+        for i, horizon in enumerate(horizons):
+            for j, method in enumerate(("mvr1", "mvr2")):
+                panel, mine = panels[i][j], [row for row in rows if (row["method"], row["horizon"]) == (method, horizon)]
+                weights = sorted({row["weight"] for row in mine})
+                grid = [[math.nan] * len(LRS) for _ in weights]
+                for row in mine:
+                    x, y, mean = LRS.index(row["lr"]), weights.index(row["weight"]), row["difference"].mean
+                    grid[y][x] = min(max(mean, -most), most)
+                    panel.text(
+                        x, y, f"{mean:+.3f}" if math.isfinite(mean) else "diverged", ha="center", va="center", fontsize=9
+                    )
+                shown = panel.imshow(grid, cmap="RdBu_r", vmin=-most, vmax=most, origin="lower", aspect="auto", alpha=0.8)
+                panel.plot(range(len(LRS)), [_place(ratios[lr], weights) for lr in LRS], ":", color=INK, lw=2)
+                panel.set_xticks(range(len(LRS)), [f"{lr:g}" for lr in LRS])
+                panel.set_yticks(range(len(weights)), [f"{weight:g}" for weight in weights])
+                panel.set(xlabel="lr", ylabel="1-β" if method == "mvr1" else "q", ylim=(-0.5, len(weights) - 0.5))
+                name = "MVR-1 minus Gluon at this β" if method == "mvr1" else "MVR-2 minus Gluon, β = 0.9"
+                panel.set_title(f"{name}, {horizon:,} updates", fontsize=11, loc="left")
+                panel.tick_params(length=0)
+        figure.colorbar(shown, ax=panels, label="validation loss minus Gluon's (dotted: S/σ)", shrink=0.7)
+        figure.savefig(out, dpi=130)
+        plt.close(figure)
+
+
+def _place(ratio: float, weights: list[float]) -> float:
+    """Where a number lies among the rows of a map, on a logarithmic scale between them."""
+    logs, x = [math.log(weight) for weight in weights], math.log(ratio)
+    i = max(1, min(len(logs) - 1, sum(log < x for log in logs)))
+    return i - 1 + (x - logs[i - 1]) / (logs[i] - logs[i - 1])
+
+
+def main(argv: list[str]) -> None:
+    """Run what is missing, then write the maps."""
+    parser = argparse.ArgumentParser(prog="experiments.map", description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"the long horizon, a multiple of {SHARE} [{STEPS}]")
+    parser.add_argument("--seeds", type=int, default=1, help="how many: 0, 1, … [1]")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once, one thread each [1]")
+    parser.add_argument("--runs", type=Path, default=RUNS, help="where runs go [runs]")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where results go [results]")
+    parser.add_argument("--plan", action="store_true", help="print the runs, and end")
+    parser.add_argument("--plot-only", action="store_true", help="draw what is there")
+    arguments = parser.parse_args(argv)
+    folders, steps = Folders(arguments.runs, arguments.results), arguments.steps
+    if steps % SHARE:
+        raise UserError(f"--steps {steps} must be a multiple of {SHARE}: the short horizon is a {SHARE}th of it")
+    jobs = [job_of(folders, cell, seed, steps) for seed in range(arguments.seeds) for cell in cells()]
+    if arguments.plan:
+        print("\n".join(f"{job.state():8} {' '.join(job.command[1:])}" for job in jobs))
+        passes = sum(evaluations(job.options["optimizer"], steps) for job in jobs)
+        tokens = passes * BATCH * load_config(["--config", str(ROOT / CONFIG)]).seq_len
+        print(f"{len(jobs)} runs, {passes:,} gradients: {duration(tokens / ASSUMED_TOKENS)} of one core")
+        return
+    if not arguments.plot_only:
+        run_all(jobs, arguments.jobs)
+    found = losses(folders, steps, arguments.seeds)
+    rows = [row for horizon in (steps // SHARE, steps) for row in differences(found, horizon)]
+    if not rows:
+        raise UserError("no pair of runs is done yet; leave out --plot-only")
+    out = folders.results / "map"
+    ratios = noise(out / "noise.json", [])
+    draw(rows, ratios, out / "map.png")
+    (out / "map.json").write_text(json.dumps(jsonable(rows), indent=1) + "\n")
+    (out / "README.md").write_text(page(rows, ratios))
+    print(page(rows, ratios))
+
+
+if __name__ == "__main__":
+    with one_line_errors("experiments.map", interrupted=GOES_ON):
+        main(sys.argv[1:])

@@ -1,0 +1,64 @@
+"""experiments/map.py: which runs it pairs, what it says of the claim, and its page and picture, from made-up records."""
+
+import json
+import math
+
+import pytest
+
+from common.errors import UserError
+from experiments import map as study
+from experiments.figures import Folders
+
+
+def made_up(folder, steps, loss):
+    """Records of every cell, with a loss of (method, lr, weight of the new gradient) at both horizons."""
+    (folder / "map").mkdir(parents=True)
+    (folder / "map" / "noise.json").write_text(json.dumps({f"{lr:g}": 400 * lr for lr in study.LRS}))
+    for cell in study.cells():
+        job = study.job_of(Folders(folder, folder), cell, 0, steps)
+        method, lr, value = cell
+        at = loss(method, lr, value if method == "mvr2" else 1 - value)
+        lines = [{"update": u, "tokens": u, "passes": u, "seconds": u, "val_loss": at} for u in (0, steps // 5, steps)]
+        record = {"run": job.folder.name, "config": {}, "environment": {}, "metrics": lines}
+        with job.packed.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+def test_cells_are_paired_with_gluon_at_the_same_lr_and_beta(tmp_path):
+    made_up(tmp_path, 10, lambda method, lr, weight: {"gluon": weight, "mvr1": weight + lr, "mvr2": 3.0 + weight}[method])
+    rows = study.differences(study.losses(Folders(tmp_path, tmp_path), 10, 1), 10)
+    assert len(rows) == len(study.LRS) * (len(study.BETAS) + len(study.QS))
+    for row in rows:
+        wanted = row["lr"] if row["method"] == "mvr1" else 3.0 + row["weight"] - 0.1  # Gluon at β = 0.9
+        assert row["difference"].mean == pytest.approx(wanted)
+
+
+def test_the_claim_is_counted(tmp_path, capsys):
+    """A world where the correction helps exactly where S/σ is below the weight: the claim is right in every cell."""
+    made_up(tmp_path, 10, lambda m, lr, weight: 0.0 if m == "gluon" else 400 * lr - weight)
+    study.main(["--plot-only", "--steps", "10", "--runs", str(tmp_path), "--results", str(tmp_path)])
+    capsys.readouterr()
+    page = (tmp_path / "map" / "README.md").read_text()
+    assert "names the sign of 25" in page and "names the sign of 20" in page
+    assert "## MVR-1 minus Gluon at the same β; rows: 1-β, 2 updates" in page and "10 updates" in page
+    assert (tmp_path / "map" / "map.png").stat().st_size > 10_000
+    assert len(json.loads((tmp_path / "map" / "map.json").read_text())) == 2 * 45
+
+
+def test_a_run_that_diverged_is_no_gain(tmp_path):
+    cell = ("mvr1", study.LRS[0], 0.9)
+    base = ("gluon", study.LRS[0], 0.9)
+    rows = study.differences({(cell, 0): {10: math.inf}, (base, 0): {10: 1.0}}, 10)
+    assert [str(row["difference"]) for row in rows] == ["diverged"]
+
+
+def test_places_on_the_map():
+    assert study._place(0.2, [0.1, 0.2, 0.5]) == pytest.approx(1)
+    assert study._place(0.1 * math.sqrt(2), [0.1, 0.2, 0.5]) == pytest.approx(0.5)
+
+
+def test_mistakes_are_one_line(tmp_path):
+    with pytest.raises(UserError, match="a multiple of 5"):
+        study.main(["--steps", "7"])
+    with pytest.raises(UserError, match="no pair of runs"):
+        study.main(["--plot-only", "--runs", str(tmp_path), "--results", str(tmp_path)])
