@@ -95,7 +95,7 @@ def curve_of(record: Mapping[str, Any], steps: int, share: float = 1.0, speed: t
         seconds = [p * speed[0] + u * speed[1] for u, p in zip(updates, passes, strict=True)]
     else:
         seconds = [point["seconds"] for point in points]
-    losses = [math.inf if point["val_loss"] is None else point["val_loss"] for point in points]
+    losses = [point["val_loss"] if math.isfinite(point["val_loss"]) else math.inf for point in points]
     return Curve(tuple(updates), tuple(passes), tuple(seconds), tuple(losses))
 
 

@@ -78,10 +78,9 @@ class Job:
         """Which setting this run was started with that is another one now, in words; empty if there is none."""
         saved = (self.record() or {}).get("config", {})
         for name in sorted(self.options.keys() & saved.keys() - _FREE):
-            kind, wanted = type(saved[name]), self.options[name]
-            wanted = str(wanted).lower() == "true" if kind is bool else kind(wanted)
-            if wanted != saved[name]:
-                return f"{relative(self.folder)} was run with {name} = {saved[name]}, not {wanted}; remove it to run it again"
+            if not _same(saved[name], self.options[name]):
+                was, now = saved[name], self.options[name]
+                return f"{relative(self.folder)} was run with {name} = {was}, not {now}; remove its record to run it again"
         return ""
 
     def state(self) -> str:
@@ -95,6 +94,15 @@ class Job:
 
     def finished(self) -> bool:
         return self.state() in ("done", "diverged")
+
+
+def _same(saved: object, wanted: object) -> bool:
+    """Whether an option is what was saved; options from a command line are text."""
+    if isinstance(saved, bool):
+        return str(saved).lower() == str(wanted).lower()
+    if isinstance(saved, int | float):
+        return float(saved) == float(wanted)
+    return str(saved) == str(wanted)
 
 
 def relative(path: Path) -> str:

@@ -21,7 +21,7 @@ from typing import Any
 from common.errors import Parser, UserError, one_line_errors
 from common.files import atomic_file
 from common.tables import aligned
-from training.curves import AXES, LOSSES, curve, finite, read_config, read_metrics, run_name
+from training.curves import AXES, LOSSES, curve, finite, read_config, read_metrics, run_name, unpacked
 
 TEMPLATE = Path(__file__).with_name("compare.html")
 # They say where a run is, how it was started and what it leaves behind, not what it computes.
@@ -258,7 +258,7 @@ def watch(folders: list[Path], out: Path, title: str, seconds: float) -> None:
 def main(argv: list[str]) -> None:
     """Read, print, write the page."""
     parser = Parser(prog="compare", description=__doc__.partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, with its metrics.jsonl")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, or a packed file of runs")
     parser.add_argument("--out", type=Path, default=Path("runs/compare.html"), help="the page (default: %(default)s)")
     parser.add_argument("--title", default="Runs", help="its heading (default: %(default)s)")
     parser.add_argument(
@@ -271,7 +271,7 @@ def main(argv: list[str]) -> None:
         if not 1 <= arguments.watch <= 86400:
             raise UserError(f"--watch {arguments.watch:g} must be from 1 second to a day")
         return watch(arguments.runs, arguments.out, arguments.title, arguments.watch)
-    groups = group_by_seed([read_run(folder) for folder in arguments.runs])
+    groups = group_by_seed([read_run(folder) for folder in unpacked(arguments.runs)])
     write_page(arguments.out, groups, arguments.title)
     print(tables(groups))
     print(f"\n{arguments.out}")

@@ -1,22 +1,21 @@
 """Draw the validation loss of any number of runs against updates, gradient evaluations and seconds, side by side.
 
-    python scripts/plot.py results/gluon_b512 results/mvr2_b512 --out results/curves.png
+    python -m scripts.plot runs/gluon_b512 runs/mvr2_b512 --out curves.png
+    python -m scripts.plot results/figures/mini/b8/*.jsonl        packed files of runs too
 
 A method that takes two gradients per update looks good against updates alone, so that all three are shown. The same
 numbers are printed as a table.
 """
 
-import argparse
-import json
 import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common.errors import UserError, one_line_errors
+from common.errors import Parser, UserError, one_line_errors
 from common.pictures import COLOURS, LOOK, STYLES, pyplot
+from common.tables import aligned
+from training.curves import curve, read_metrics, run_name, unpacked
 
 AXES = {"update": "Updates", "passes": "Gradient evaluations", "seconds": "Seconds"}
 
@@ -33,48 +32,11 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """The validations in a run's metrics.jsonl. A last line that was cut short is left out."""
-    path = folder / "metrics.jsonl"
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; give the folder of a run, such as results/run") from None
-    found = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            if number == len(lines):
-                break
-            raise UserError(f"{path}, line {number} is not JSON; the file is damaged") from None
-        if not isinstance(record, dict):
-            raise UserError(f"{path}, line {number} is not an object; the file is damaged")
-        if "val_loss" in record:
-            values = [_number(record.get(key)) for key in (*AXES, "val_loss")]
-            if not all(map(math.isfinite, values[:-1])):
-                raise UserError(f"{path}, line {number} has a val_loss but not all of {', '.join(AXES)} as numbers")
-            found[values[0]] = values
-    if not any(math.isfinite(values[-1]) for values in found.values()):
-        raise UserError(f"{path} has no finite val_loss yet; leave this run out until its first validation")
-    return Run(_name(folder), *map(list, zip(*(found[update] for update in sorted(found)), strict=True)))
-
-
-def _number(value: object) -> float:
-    try:
-        return float(value) if isinstance(value, (int, float)) else math.nan
-    except OverflowError:
-        return math.nan
-
-
-def _name(folder: Path) -> str:
-    """The run's name: config.json's, else the folder's."""
-    try:
-        name = json.loads((folder / "config.json").read_bytes())["run_name"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        name = None
-    return name if isinstance(name, str) and name.strip() else folder.resolve().name
+    """The validations of a run. Raises UserError if none is finite yet."""
+    points = curve(read_metrics(folder))
+    if not any(math.isfinite(point["val_loss"]) for point in points):
+        raise UserError(f"{folder / 'metrics.jsonl'} has no finite val_loss yet; leave this run out until its first validation")
+    return Run(run_name(folder), *([point[key] for point in points] for key in (*AXES, "val_loss")))
 
 
 def y_limits(runs: list[Run]) -> tuple[float, float]:
@@ -148,30 +110,22 @@ def table(runs: list[Run]) -> str:
         (run.name, f"{last(run):.4f}", f"{run.update[-1]:,.0f}", f"{run.passes[-1]:,.0f}", f"{run.seconds[-1]:,.1f}")
         for run in runs
     ]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    )
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; --help says more")
+    return aligned(rows)
 
 
 def main(argv: list[str]) -> None:
     """Read, print, draw."""
-    parser = _Parser(prog="plot.py", description=__doc__.partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="folder with a metrics.jsonl")
-    parser.add_argument("--out", type=Path, default=Path("results/curves.png"), help="picture (default: %(default)s)")
+    parser = Parser(prog="plot", description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="folder of a run, or a packed file of runs")
+    parser.add_argument("--out", type=Path, default=Path("runs/curves.png"), help="picture (default: %(default)s)")
     parser.add_argument("--title", default="Validation loss", help="heading (default: %(default)s)")
     arguments = parser.parse_args(argv)
     if arguments.out.suffix not in (".png", ".pdf", ".svg"):
         raise UserError(f"--out {arguments.out} must be a file that ends in .png, .pdf or .svg")
-    runs = [read_run(folder) for folder in arguments.runs]
+    folders = unpacked(arguments.runs)
+    runs = [read_run(folder) for folder in folders]
     names = [run.name for run in runs]
-    for run, folder in zip(runs, arguments.runs, strict=True):
+    for run, folder in zip(runs, folders, strict=True):
         if names.count(run.name) > 1:
             run.name = str(folder)
     draw(runs, arguments.out, arguments.title)

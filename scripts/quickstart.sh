@@ -17,6 +17,6 @@ else
   printf '%s\n' quickstart_mvr2 quickstart_mvr3 quickstart_gluon quickstart_mvr1 |
     xargs -P 2 -I{} bash -c 'set -o pipefail; .venv/bin/python train_gpt.py --config configs/{}.py --resume auto | cat'
 fi
-.venv/bin/python scripts/plot.py $(printf 'results/%s ' $runs) --out results/quickstart.png
+.venv/bin/python -m scripts.plot $(printf 'results/%s ' $runs) --out results/quickstart.png
 echo
 .venv/bin/python -m scripts.sample $(printf 'results/%s ' $runs) --prompt "The people of the United States" --tokens 300

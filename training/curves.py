@@ -1,7 +1,12 @@
-"""Reads what a run has written of its losses: the lines of metrics.jsonl, and curves from them."""
+"""Reads what a run has written of its losses: the lines of metrics.jsonl, and curves from them.
+
+The runs of a study are packed, one line of JSON per run. FILE.jsonl/NAME is the run NAME in such a file, and is read like a
+run's folder.
+"""
 
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +21,8 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 
     Raises UserError where there is no such file, or where a line is none of ours.
     """
+    if (packed := _packed(run_dir)) is not None:
+        return packed["metrics"]
     return read_records(run_dir / "metrics.jsonl")
 
 
@@ -51,7 +58,8 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 def read_packed(path: Path) -> list[dict[str, Any]]:
     """The runs in a packed file, one JSON object a line with `run` (its name), `config`, `environment` and `metrics`.
 
-    Raises UserError if there is no such file, or if a line is none of ours.
+    A loss that was not finite is null there, and NaN here. Raises UserError if there is no such file, or if a line is none of
+    ours.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -61,14 +69,35 @@ def read_packed(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         try:
             run = json.loads(line)
-            metrics, config = run["metrics"], run["config"]
-            right = isinstance(run["run"], str) and isinstance(config, dict) and all(key in m for m in metrics for key in AXES)
+            right = isinstance(run["run"], str) and isinstance(run["config"], dict)
+            for record in run["metrics"]:
+                record |= {key: math.nan for key in LOSSES if key in record and record[key] is None}
+                right = right and all(_is_number(record[key]) for key in (*AXES, *(k for k in LOSSES if k in record)))
         except (ValueError, KeyError, TypeError, RecursionError):
             right = False
         if not right:
             raise UserError(f"{path}, line {number} is no packed run; the file is damaged")
         runs.append(run)
     return runs
+
+
+def unpacked(paths: Iterable[Path]) -> list[Path]:
+    """The paths of runs, in which a packed file stands for all of its runs."""
+    return [run for path in paths for run in (_runs_of(path) if path.suffix == ".jsonl" and path.is_file() else [path])]
+
+
+def _runs_of(path: Path) -> list[Path]:
+    return [path / run["run"] for run in read_packed(path)]
+
+
+def _packed(run_dir: Path) -> dict[str, Any] | None:
+    """The record of FILE.jsonl/NAME; None for a folder."""
+    if run_dir.parent.suffix != ".jsonl" or not run_dir.parent.is_file():
+        return None
+    for run in read_packed(run_dir.parent):
+        if run["run"] == run_dir.name:
+            return run
+    raise UserError(f"{run_dir.parent} has no run {run_dir.name}")
 
 
 def _is_number(value: object) -> bool:
@@ -90,13 +119,17 @@ def finite(metrics: list[dict[str, Any]], loss: str = "val_loss") -> list[dict[s
 
 
 def run_name(run_dir: Path) -> str:
-    """The run's name: the one in config.json, else the folder's."""
+    """The run's name: the one in config.json, else the folder's. A packed run is called by its file and its own name."""
+    if _packed(run_dir) is not None:
+        return f"{run_dir.parent.stem} {run_dir.name}"
     name = read_config(run_dir).get("run_name")
     return name if isinstance(name, str) and name.strip() else run_dir.resolve().name
 
 
 def read_config(run_dir: Path) -> dict[str, Any]:
     """The options in a run's config.json as they stand there, unchecked; empty where there are none to read."""
+    if (packed := _packed(run_dir)) is not None:
+        return packed["config"]
     try:
         config = json.loads((run_dir / "config.json").read_bytes())
     except (OSError, ValueError, RecursionError):
