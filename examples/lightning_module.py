@@ -5,12 +5,12 @@
 
 With manual optimization, as in `Manual` below, the closure holds the loop over the micro-batches, and everything works.
 
-Lightning's *automatic* optimization gives `step` a closure of its own, which evaluates the current micro-batch alone:
+Lightning's *automatic* optimization gives `step` a closure of its own, which evaluates the current micro-batch alone. Every
+variant works so, with two exceptions:
 
-- every variant works without gradient accumulation;
-- accumulate_grad_batches > 1 works with Gluon and SingleBatchMVR. Do not use it with the variants that evaluate a batch twice:
-  their step drops what lies in .grad when a pass begins, so only the last micro-batch of each step would count;
-- leave gradient_clip_val off: it would clip each pass by itself. The size of a step does not depend on the gradient's anyway.
+- accumulate_grad_batches must be 1. A pass of these optimizers drops the gradients that lie in .grad when it begins, and with
+  them those of the earlier micro-batches. `Automatic` below therefore refuses another value.
+- leave gradient_clip_val off. It would clip each pass by itself, and the size of a step does not depend on the gradient's.
 """
 
 import logging
@@ -65,6 +65,8 @@ class Automatic(lightning.LightningModule):
         self.variant, self.net, self.losses = variant, Net(), []
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
+        if self.trainer.accumulate_grad_batches > 1:
+            raise ValueError("accumulate_grad_batches must be 1: accumulate inside the closure, as `Manual` does")
         return build(self.variant, self.net)
 
     def training_step(self, micro_batch: list[Tensor], index: int) -> Tensor:
