@@ -104,6 +104,7 @@ from torch import Tensor
 
 from common.machine import cpu_name
 from common.pictures import pyplot
+from common.tables import markdown
 
 N = 4  # X is N x N
 MEASUREMENTS = 1024  # of the dual norm, in a run
@@ -518,9 +519,18 @@ def table(report: dict) -> str:
             "",
             f"## `{name}`: {record['title']}",
             "",
-            f"| method | bound | measured slope | its upper half, K ≥ 2^{mid} | error at 2^{high} | c_α, c_t "
-            f"| envelope, K ≤ {top} | near-best constants, K ≤ {top} |",
-            "|---|---|---|---|---|---|---|---|",
+        ]
+        rows = [
+            [
+                "method",
+                "bound",
+                "measured slope",
+                f"its upper half, K ≥ 2^{mid}",
+                f"error at 2^{high}",
+                "c_α, c_t",
+                f"envelope, K ≤ {top}",
+                f"near-best constants, K ≤ {top}",
+            ]
         ]
         for m in METHODS:
             f, tuning = record["fits"][m.name], record["tuning"][m.name]
@@ -530,25 +540,37 @@ def table(report: dict) -> str:
             exponent = "–" if f["bound"] is None else f"{f['bound']:.3f}"
             if f["bound"] is not None and record["radius"]:
                 exponent = ("-1/2" if m.passes == 2 else "-1/3") + f"; with log {exponent}"
-            out.append(
-                f"| {m.name} | {exponent} | {show(f['slope'], f['slope_95'])} "
-                f"| {show(f['upper_half'], f['upper_half_95'])} | {f['last']:.3g} "
-                f"| {tuning['c_alpha']:g}, {tuning['c_t']:g}{ends} "
-                f"| {tuning['envelope_slope']:.3f} | {near[0]:.2f} … {near[1]:.2f} ({tuning['near_best']}) |"
+            rows.append(
+                [
+                    m.name,
+                    exponent,
+                    show(f["slope"], f["slope_95"]),
+                    show(f["upper_half"], f["upper_half_95"]),
+                    f"{f['last']:.3g}",
+                    f"{tuning['c_alpha']:g}, {tuning['c_t']:g}{ends}",
+                    f"{tuning['envelope_slope']:.3f}",
+                    f"{near[0]:.2f} … {near[1]:.2f} ({tuning['near_best']})",
+                ]
             )
-        out += [
-            "",
-            f"| minus Gluon | slope | upper half | error over Gluon's, 2^{high} updates each | 2^{high} gradients each "
-            "| by horizon, equal gradients |",
-            "|---|---|---|---|---|---|",
+        out.append(markdown(rows))
+        rows = [
+            [
+                "minus Gluon",
+                "slope",
+                "upper half",
+                f"error over Gluon's, 2^{high} updates each",
+                f"2^{high} gradients each",
+                "by horizon, equal gradients",
+            ]
         ]
         for method, d in record["minus_gluon"].items():
             updates, gradients = (record["over_gluon"][method][key] for key in ("equal_updates", "equal_gradients"))
-            out.append(
-                f"| {method} | {show(**d['slope'])} | {show(**d['upper_half'])} "
-                f"| {show(updates[-1]['ratio'], updates[-1]['ci95'])} | {show(gradients[-1]['ratio'], gradients[-1]['ci95'])} "
-                "| " + ", ".join(f"{g['ratio']:.2f}" for g in gradients) + " |"
+            rows.append(
+                [method, show(**d["slope"]), show(**d["upper_half"])]
+                + [show(ends[-1]["ratio"], ends[-1]["ci95"]) for ends in (updates, gradients)]
+                + [", ".join(f"{g['ratio']:.2f}" for g in gradients)]
             )
+        out.append(markdown(rows).rstrip())
     return "\n".join(out) + "\n"
 
 

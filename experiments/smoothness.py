@@ -54,6 +54,7 @@ from torch import Tensor
 from common.errors import UserError, one_line_errors
 from common.files import atomic_file
 from common.pictures import COLOURS, LOOK, pyplot
+from common.tables import markdown
 from experiments.run_jobs import ROOT
 from experiments.setup import batches, build
 from optim.norms import Norm, get_norm
@@ -303,24 +304,20 @@ def _over(upper: str, lower: str) -> Callable[[dict[str, list[float]]], np.ndarr
 def table(result: dict) -> str:
     """Two tables in Markdown: the fits, and the noise, each by kind of layer."""
     found, kinds = fits(result), _kinds(result)
-    lines = [
-        "| layers | L0 | L1 | points covered | gain of L1 | ratio, median | ratio, largest over smallest |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    fitted = [["layers", "L0", "L1", "points covered", "gain of L1", "ratio, median", "ratio, largest over smallest"]]
     for kind, names in kinds.items():
         ratios = [np.asarray(result["layers"][name]["ratio"][_first(result) :]) for name in names]
-        lines.append(
-            f"| {kind} ({result['norms'][names[0]]}) | {_range([found[n].l0 for n in names])} "
-            f"| {_range([found[n].l1 for n in names])} | {_range([found[n].covered for n in names], '.0%')} "
-            f"| {_range([found[n].gain for n in names], '.0%')} | {_range([float(np.median(r)) for r in ratios])} "
-            f"| {_range([float(r.max() / r.min()) for r in ratios])} |"
-        )
-    errors = " | ".join(f"error, γ = {gamma:g}" for gamma in GAMMAS)
-    lines += [
-        "",
-        f"| layers | noise σ/‖∇f‖ | difference ‖Δ‖/‖∇f‖ | its noise S/‖Δ‖ | S/σ | mean-squared smoothness | {errors} |",
-        "|---|---|---|---|---|---|" + "---|" * len(GAMMAS),
-    ]
+        of_layers = [
+            _range([found[n].l0 for n in names]),
+            _range([found[n].l1 for n in names]),
+            _range([found[n].covered for n in names], ".0%"),
+            _range([found[n].gain for n in names], ".0%"),
+            _range([float(np.median(r)) for r in ratios]),
+            _range([float(r.max() / r.min()) for r in ratios]),
+        ]
+        fitted.append([f"{kind} ({result['norms'][names[0]]})", *of_layers])
+    noisy = [["layers", "noise σ/‖∇f‖", "difference ‖Δ‖/‖∇f‖", "its noise S/‖Δ‖", "S/σ", "mean-squared smoothness"]]
+    noisy[0] += [f"error, γ = {gamma:g}" for gamma in GAMMAS]
     for kind, names in kinds.items():
         numbers = [
             _median(result, names, _over("sigma", "gradient")),
@@ -330,8 +327,8 @@ def table(result: dict) -> str:
             _median(result, names, _over("difference_noise", "distance")),
             *(_median(result, names, _over(f"error_{gamma:g}", "gradient")) for gamma in GAMMAS),
         ]
-        lines.append(f"| {kind} | {' | '.join(f'{number:.3g}' for number in numbers)} |")
-    return "\n".join(lines)
+        noisy.append([kind, *(f"{number:.3g}" for number in numbers)])
+    return f"{markdown(fitted)}\n{markdown(noisy)}"
 
 
 def _range(values: list[float], form: str = ".3g") -> str:

@@ -2,8 +2,8 @@
 
     python tests/kill_test.py --kills 20 --variant mvr2 --ranks 2
 
-Half of the kills come after a random time, the others inside something that is chosen at random: a step, MVR-2's gap
-between its passes, a validation, a line of metrics.jsonl (half of it written), a checkpoint's files, its renaming, the removal
+Half of the kills come after a random time, the others inside something that is chosen at random: a step, the gap
+between two passes, a validation, a line of metrics.jsonl (half of it written), a checkpoint's files, its renaming, the removal
 of an old one. Each time all ranks die, and `--resume auto` goes on. When the run is done, its weights must be those of the
 undisturbed run bit for bit, and metrics.jsonl the same line for line, seconds aside; if kills are left, another run starts.
 """
@@ -29,17 +29,19 @@ from train_runs import Trainer, write_data  # noqa: E402
 VARIANTS = {
     "gluon": "--optimizer gluon --weight-decay 0.3",
     "mvr1": "--optimizer mvr1 --gamma 0.3",
-    "mvr2": "--optimizer mvr2 --gamma 0.4",
-    "nested": "--optimizer mvr2 --inner 0.5 --momentum 0.8",
-    "mvr3": "--optimizer mvr3 --gamma 0.4",
+    "mvr2": "--optimizer mvr2 --q 0.6",
+    "mvr3": "--optimizer mvr3 --q 0.6 --gamma 0.4 --momentum 0.5",
+    "single_batch": "--optimizer single_batch --gamma 0.3",
+    "previous_batch": "--optimizer previous_batch --gamma 0.4",
     "adamw": "--optimizer adamw",
 }
+TWO_PASSES = ("mvr1", "mvr2", "mvr3", "previous_batch")
 OPTIONS = "--steps 24 --val-every 5 --checkpoint-every 3 --val-tokens 2048"
 # Where a kill comes: (module, attribute); the process dies as the call begins.
 PLACES = {
-    "between the passes": ("optim.mvr", "GluonMVR2._scale_gradients"),
-    "in the second pass": ("optim.mvr", "_TwoPasses._evaluate_again"),
-    "in the update": ("optim.gluon", "Gluon._apply_update"),
+    "between the passes": ("optim.mvr", "_TwoPasses._fold_old"),
+    "in the fold": ("optim.base", "LayerwiseOptimizer._fold_gradients"),
+    "in the update": ("optim.base", "LayerwiseOptimizer._apply_update"),
     "in the loss": ("model", "GPT.forward"),
     "in a validation": ("training.ranks", "Ranks.total"),
     "in a line of metrics.jsonl": ("os", "pwrite"),
@@ -82,9 +84,7 @@ def kill_runs(
     started = time.monotonic()
     expected = trainer.run(f"{variant}-{ranks}-undisturbed", options, ranks=ranks).ok()
     duration = time.monotonic() - started
-    places = [place for place in PLACES if variant in ("mvr2", "nested", "mvr3") or "pass" not in place]
-    if variant == "mvr3":
-        places.remove("between the passes")
+    places = [place for place in PLACES if variant in TWO_PASSES or "pass" not in place]
     survived, made, where, number = 0, 0, Counter(), 0
     while made < kills:
         number += 1
