@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import model as model_module
-from model import GPT, Cache, GPTConfig, linear_cross_entropy, rotary_table, rotate
+from model import GPT, Cache, GPTConfig, linear_cross_entropy, plain_attention, rotary_table, rotate
 
 SMALL = GPTConfig(vocab_size=61, n_layer=2, n_head=2, d_model=32, seq_len=16)
 
@@ -143,6 +143,36 @@ def test_autocast_gives_a_float32_loss_near_the_exact_one():
     assert loss.dtype == torch.float32 and exact.dtype == torch.float32
     assert loss.item() == pytest.approx(exact.item(), rel=2e-2)
     assert all(p.grad.dtype == torch.float32 for p in gpt.parameters())
+
+
+def test_plain_attention_is_torchs():
+    qkv = [torch.randn(2, 3, 7, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    ours, torchs = plain_attention(*qkv), F.scaled_dot_product_attention(*qkv, is_causal=True)
+    assert torch.allclose(ours, torchs, rtol=0, atol=1e-14)
+    direction = torch.randn_like(ours)
+    for a, b in zip(torch.autograd.grad(ours, qkv, direction), torch.autograd.grad(torchs, qkv, direction), strict=True):
+        assert torch.allclose(a, b, rtol=0, atol=1e-13)
+
+
+def test_bfloat16_gradients_with_either_attention_are_as_near_to_the_exact_ones(monkeypatch):
+    gpt = small(dtype=torch.float32)
+    for p in gpt.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    idx = torch.randint(61, (4, 16))
+
+    def gradient(autocast):
+        gpt.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            gpt(idx, idx.roll(-1, 1)).backward()
+        return torch.cat([p.grad.flatten() for p in gpt.parameters()])
+
+    exact, ours = gradient(False), gradient(True)
+    monkeypatch.setattr(
+        model_module, "plain_attention", lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    )
+    torchs = gradient(True)
+    assert not torch.equal(ours, torchs)
+    assert (ours - exact).norm() < 1.5 * (torchs - exact).norm() < 0.1 * exact.norm()
 
 
 def test_no_position_sees_a_later_one():
