@@ -1,4 +1,4 @@
-"""Checkpoints go from one process to FSDP2 and back: the same weights to 1e-9 as without a stop."""
+"""Checkpoints go from one process to DDP, to FSDP2 and back: the same weights to 1e-9 as without a stop."""
 
 from pathlib import Path
 
@@ -11,14 +11,38 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from model import GPT, GPTConfig
-from train_gpt import build_optimizer
+from optim import Gluon, GluonMVR1, GluonMVR2, GluonMVR3, MuonMVR, PreviousBatchMVR, SingleBatchMVR
 from training import checkpoint
 from training.checkpoint import Checkpointer
-from training.config import Config
 from training.ranks import Ranks
 
-VARIANTS = ["gluon", "mvr1", "mvr2", "mvr3", "adamw"]
-CONFIG = {"n_layer": 2, "n_head": 2, "d_model": 16, "vocab_size": 30, "seq_len": 8, "block_radius": 10.0, "embed_radius": 10.0}
+pytestmark = pytest.mark.slow
+VARIANTS = {
+    "gluon": (Gluon, {}),
+    "mvr1": (GluonMVR1, {"gamma": 0.3}),
+    "mvr2": (GluonMVR2, {"q": 0.4}),
+    "mvr3": (GluonMVR3, {"q": 0.4, "gamma": 0.3}),
+    "single_batch": (SingleBatchMVR, {"gamma": 0.3}),
+    "previous_batch": (PreviousBatchMVR, {"gamma": 0.3}),
+    "muon": (MuonMVR, {"is_approx": True}),
+    "adamw": (Gluon, {}),
+}
+
+
+def optimizer_of(variant: str, model: GPT) -> torch.optim.Optimizer:
+    kind, own = VARIANTS[variant]
+    if variant == "muon":
+        groups = [
+            {"params": model.blocks.parameters(), "use_muon": True},
+            {"params": [model.embedding.weight], "use_muon": False},
+        ]
+    else:
+        norms = ("adamw", "adamw") if variant == "adamw" else ("spectral", "sign")
+        groups = [
+            {"params": model.blocks.parameters(), "norm": norms[0], "radius": 10.0},
+            {"params": [model.embedding.weight], "norm": norms[1], "radius": 10.0},
+        ]
+    return kind(groups, lr=1e-3, weight_decay=0.1, **own)
 
 
 def steps(folder: str, variant: str, sharded: bool, first: int, last: int, load: bool) -> list[torch.Tensor]:
@@ -30,30 +54,30 @@ def steps(folder: str, variant: str, sharded: bool, first: int, last: int, load:
         None if alone else dist.group.WORLD, None, store,
     )  # fmt: skip
     torch.manual_seed(0)
-    config = Config(optimizer=variant, lr=1e-3, weight_decay=0.1, gamma=0.3, **CONFIG)
-    model = GPT(GPTConfig(config.vocab_size, config.n_layer, config.n_head, config.d_model, config.seq_len)).double()
+    model = GPT(GPTConfig(vocab_size=31, n_layer=2, n_head=2, d_model=16, seq_len=8)).double()
     if sharded:
         mesh = init_device_mesh("cpu", (ranks.size,))
         for block in model.blocks:
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
-    optimizer = build_optimizer(model, config)
+    optimizer = optimizer_of(variant, model)
     if load:
         path, state = checkpoint.newest_state(Path(folder) / "checkpoints")
         checkpoint.load(path, state, model, optimizer)
         assert state["step"] == first
     for k in range(first, last):
         generator = torch.Generator().manual_seed(k)
-        x, y = torch.randint(30, (2, 4, 8), generator=generator)
+        x, y = torch.randint(31, (2, 4, 8), generator=generator)
 
         def closure(x=x, y=y):
+            model.zero_grad()
             loss = model(x, y)  # every rank evaluates the whole batch, so that the mean over the ranks is its gradient
             loss.backward()
             return loss
 
         optimizer.step(closure)
     writer = Checkpointer(Path(folder), ranks, keep=5)
-    position = {"evaluated": 0, "skipped": 0, "validated": 0, "seconds": 0.0, "metrics_bytes": 0, "config": config.to_dict()}
+    position = {"evaluated": 0, "skipped": 0, "validated": 0, "seconds": 0.0, "metrics_bytes": 0, "config": {}}
     writer.save(last, model, optimizer, position)
     writer.finish()
     if not alone:
@@ -63,18 +87,24 @@ def steps(folder: str, variant: str, sharded: bool, first: int, last: int, load:
 
 @pytest.fixture(scope="module")
 def processes():
-    two = Processes(2)
-    yield two
-    two.stop()
+    by_world = {2: Processes(2), 3: Processes(3)}
+    yield by_world
+    for ranks in by_world.values():
+        ranks.stop()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_one_process_then_fsdp_then_one_process(tmp_path, processes, variant):
-    uninterrupted = steps(str(tmp_path / "all"), variant, False, 0, 6, load=False)
-    steps(str(tmp_path / "run"), variant, False, 0, 2, load=False)
-    answers = processes.run(steps, str(tmp_path / "run"), variant, True, 2, 4, True)
-    ended = steps(str(tmp_path / "run"), variant, False, 4, 6, load=True)
-    assert all(torch.equal(a, b) for a, b in zip(*answers, strict=True))
-    assert not all(torch.allclose(a, b) for a, b in zip(answers[0], ended, strict=True))
+def test_one_process_then_ddp_then_fsdp_then_one_process(tmp_path, processes, variant):
+    """The ranks hold replicas with the same gradients, which is what DDP leaves, and then shards."""
+    uninterrupted = steps(str(tmp_path / "all"), variant, False, 0, 8, load=False)
+    run = str(tmp_path / "run")
+    steps(run, variant, False, 0, 2, load=False)
+    three = processes[3].run(steps, run, variant, False, 2, 4, True)
+    two = processes[2].run(steps, run, variant, variant != "muon", 4, 6, True)
+    ended = steps(run, variant, False, 6, 8, load=True)
+    for answers in (three, two):
+        for answer in answers:
+            assert all(map(torch.equal, answer, answers[0]))
+        assert not any(torch.allclose(a, b) for a, b in zip(answers[0], ended, strict=True))
     for a, b in zip(ended, uninterrupted, strict=True):
         assert (a - b).norm() < 1e-9 * b.norm()

@@ -2,7 +2,7 @@
 
     results/<run>/checkpoints/step_0001000/
         model.safetensors            the weights, from rank 0
-        optimizer-00000.safetensors  per rank, the buffers of the parameters that it owns
+        optimizer-00000.safetensors  per rank, the buffers of the parameters, or of the rows of them, that it owns
         state.json                   the position in the run, the optimizer's scalars, and the sha256 of the files
 
 Ranks write their files into a hidden folder and tell rank 0 the checksums; when it has all, it writes state.json and renames
@@ -23,6 +23,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
@@ -220,27 +221,35 @@ def load(checkpoint: Path, state: dict[str, Any], model: nn.Module, optimizer: O
             values = {key: tuple(value) if isinstance(value, list) else value for key, value in group.items()}
             options = {key: built[key] for key in optimizer.defaults}
             groups.append({**values, **options, "params": [index[name] for name in group["params"]]})
-        buffers = _load_buffers(checkpoint, state["files"], {names[p]: optimizer.state[p] for p in names})
+        buffers = _load_buffers(checkpoint, state["files"], {names[p]: (p, optimizer.state[p]) for p in names})
         loaded = {i: dict(saved["state"][name]) | buffers[name] for name, i in index.items()}
         optimizer.load_state_dict({"state": loaded, "param_groups": groups})
     except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{checkpoint} is of another optimizer: {_reason(error)}") from None
 
 
-def _load_buffers(checkpoint: Path, files: dict[str, str], wanted: dict[str, dict[str, Any]]) -> dict[str, dict[str, Tensor]]:
-    """By parameter, the buffers that this rank's optimizer has, from whichever ranks' files hold them."""
-    where: dict[str, Path] = {}
+def _load_buffers(
+    checkpoint: Path, files: dict[str, str], wanted: dict[str, tuple[Tensor, dict[str, Any]]]
+) -> dict[str, dict[str, Tensor]]:
+    """By parameter, the buffers that this rank's optimizer has, whole, from whichever ranks' files hold them or their rows."""
+    where: dict[str, list[Path]] = {}
     for path in (checkpoint / name for name in sorted(files) if name.startswith("optimizer-")):
         with safe_open(path, "pt") as file:
-            where |= dict.fromkeys(file.keys(), path)
+            for key in file.keys():  # noqa: SIM118 (it is no dict)
+                where.setdefault(key, []).append(path)
     loaded: dict[str, dict[str, Tensor]] = {}
-    for name, state in wanted.items():
+    for name, (param, state) in wanted.items():
         loaded[name] = {}
         for key in (key for key, value in state.items() if isinstance(value, Tensor)):
             if f"{name}/{key}" not in where:
                 raise ValueError(f"it has no {key} of {name}")
-            with safe_open(where[f"{name}/{key}"], "pt") as file:
-                loaded[name][key] = file.get_tensor(f"{name}/{key}")
+            parts = []
+            for path in where[f"{name}/{key}"]:
+                with safe_open(path, "pt") as file:
+                    parts.append(file.get_tensor(f"{name}/{key}"))
+                if parts[0].shape in (param.shape, ()):
+                    break
+            loaded[name][key] = parts[0] if len(parts) == 1 else torch.cat(parts)  # rows, in the order of the ranks
     return loaded
 
 
