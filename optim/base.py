@@ -87,7 +87,7 @@ class LayerwiseOptimizer(Optimizer):
         process_group: dist.ProcessGroup | None = None,
         **options: Any,
     ) -> None:
-        if unknown := options.keys() - self._rules().keys():
+        if unknown := options.keys() - self.option_rules().keys():
             raise TypeError(f"{type(self).__name__} has no option {', '.join(sorted(unknown))}")
         # These are options of adamw groups alone: schedulers take `betas` in `defaults` for the momentum.
         self._adamw = {"betas": betas, "eps": eps}
@@ -303,7 +303,7 @@ class LayerwiseOptimizer(Optimizer):
     # ---- groups and state -------------------------------------------------------------------------------------------
 
     @classmethod
-    def _rules(cls) -> dict[str, Rule]:
+    def option_rules(cls) -> dict[str, Rule]:
         """The rules of the class and of those that it inherits from."""
         return {name: rule for c in reversed(cls.__mro__) for name, rule in vars(c).get("rules", {}).items()}
 
@@ -367,7 +367,7 @@ class LayerwiseOptimizer(Optimizer):
 
     def _check_group(self, group: Group) -> None:
         adamw = {"betas": PAIR, "eps": NON_NEGATIVE} if group["norm"] == "adamw" else {}
-        for name, rule in (self._rules() | adamw).items():
+        for name, rule in (self.option_rules() | adamw).items():
             if not rule.allows(group[name]):
                 raise ValueError(f"{name} must be {rule.allowed}, got {group[name]!r}")
         get_norm("rms", torch.Size(()), group["scale"], group["polar"])
@@ -458,7 +458,8 @@ class LayerwiseOptimizer(Optimizer):
             scalars = self._fresh_scalars(group)
             if "steps" not in values:  # another optimizer's momentum is a whole average
                 scalars |= {"steps": 1, **{f"{name}_weight": 1.0 for name, _ in self._averages(group)}}
-            self.state[p] = scalars | {k: v for k, v in values.items() if k in scalars} | buffers
+            others = {k: v for k, v in values.items() if k not in self._buffer_names(group)}
+            self.state[p] = scalars | others | buffers
             for name, buffer in buffers.items():
                 self._copy_buffer(p, buffer, values[name])
 

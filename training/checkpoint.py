@@ -1,14 +1,14 @@
 """Checkpoints: plain safetensors and JSON, so that loading one executes nothing.
 
-    results/<run>/checkpoints/step_0001000/
+    runs/<run>/checkpoints/step_0001000/
         model.safetensors            the weights, from rank 0
-        optimizer-00000.safetensors  per rank, the buffers of the parameters, or of the rows of them, that it owns
+        optimizer-00000.safetensors  per rank, the optimizer's tensors that it alone holds, and shares of those that all hold
         state.json                   the position in the run, the optimizer's scalars, and the sha256 of the files
 
-Ranks write their files into a hidden folder and tell rank 0 the checksums; when it has all, it writes state.json and renames
-the folder, so a checkpoint is whole or not there. They tell it through the store that they met at and not by collectives, so
-that writing can go on in a thread while training does. Any world size can load it, and so can a model that FSDP2 shards (whose
-own checkpoints hold whole tensors, from rank 0).
+Ranks write their files into a hidden folder and send rank 0 the checksums. When it has all of them, it writes state.json and
+renames the folder, so a checkpoint is whole or not there. The checksums go through the store that the ranks met at and not
+through collectives, so a thread can write while training goes on. Any world size can load a checkpoint, and so can a model that
+FSDP2 shards (whose own checkpoints hold whole tensors, from rank 0).
 """
 
 import hashlib
@@ -20,6 +20,8 @@ import shutil
 import threading
 import time
 import uuid
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +34,34 @@ from torch.optim import Optimizer
 
 from common.errors import UserError, say
 from common.files import atomic_file, sync_directory
+from optim.base import LayerwiseOptimizer
 from training.ranks import Ranks
 
 _WAIT_SECONDS = 600.0
-_POSITION = ("step", "evaluated", "skipped", "validated", "metrics_bytes")
+_FORMAT = 2
 _NAME = re.compile(r"step_(\d{7,})")
+
+
+@dataclass
+class Position:
+    """Where a run is: what it counts, and what a checkpoint keeps of it.
+
+    `step`: batches taken, hence the index of the next one. `evaluated`: sequences whose gradient was computed. `skipped`: steps
+    that were not finite. `validated`: the last update that was validated, -1 for none. `seconds`: of training, without
+    validation. `metrics_bytes`: the length of metrics.jsonl; None if it can't be written.
+    """
+
+    step: int = 0
+    evaluated: int = 0
+    skipped: int = 0
+    validated: int = -1
+    seconds: float = 0.0
+    metrics_bytes: int | None = 0
+
+    @classmethod
+    def of(cls, state: dict[str, Any]) -> "Position":
+        """The position that a checkpoint's state holds."""
+        return cls(**{name: state[name] for name in cls.__dataclass_fields__})
 
 
 class Checkpointer:
@@ -56,25 +81,36 @@ class Checkpointer:
                 shutil.rmtree(stale, ignore_errors=True)
         return uuid.uuid4().hex[:8]
 
-    def save(self, step: int, model: nn.Module, optimizer: Optimizer, position: dict[str, Any]) -> None:
-        """Copy the state, and write it while training goes on. `position` goes into state.json as it is."""
+    def save(self, model: nn.Module, optimizer: Optimizer, position: Position, config: dict[str, Any]) -> None:
+        """Copy the state, and write it while training goes on. A collective."""
         self.wait()
         names = {p: name for name, p in model.named_parameters()}
         params = [p for group in optimizer.param_groups for p in group["params"]]
         copied = _copies(model.state_dict(), self._ranks.first)
         weights = copied if self._ranks.first else None
-        buffers, scalars = {}, {}
+        tensors, slices, scalars = {}, set(), {}
         for p in params:
-            state = optimizer.state[p]
-            tensors = {f"{names[p]}/{key}": value for key, value in state.items() if isinstance(value, Tensor)}
-            buffers |= _copies(tensors, self._ranks.first or not isinstance(p, DTensor))
-            scalars[names[p]] = {key: value for key, value in state.items() if not isinstance(value, Tensor)}
+            scalars[names[p]] = {}
+            for key, value in optimizer.state.get(p, {}).items():
+                if not isinstance(value, Tensor):
+                    scalars[names[p]][key] = value
+                    continue
+                tensors[f"{names[p]}/{key}"] = value
+                if isinstance(optimizer, LayerwiseOptimizer) and value.shape != p.shape:
+                    slices.add(f"{names[p]}/{key}")  # some rows; others have the rest
+        # Of a tensor that several ranks hold whole, the first of them writes it. (A DTensor becomes whole on rank 0.)
+        held = self._ranks.gather([name for name, value in tensors.items() if not isinstance(value, DTensor)])
+        earlier = {name for names_there in held[: self._ranks.rank] for name in names_there}
+        buffers = {}
+        for name, value in tensors.items():
+            keep = self._ranks.first if isinstance(value, DTensor) else name in slices or name not in earlier
+            buffers |= _copies({name: value}, keep)
         groups = [
             {**{k: v for k, v in group.items() if k != "params"}, "params": [names[p] for p in group["params"]]}
             for group in optimizer.param_groups
         ]
-        state = {"format": 1, "step": step, **position, "optimizer": {"groups": groups, "state": scalars}}
-        self._thread = threading.Thread(target=self._write, args=(step, weights, buffers, state))
+        state = {"format": _FORMAT, **asdict(position), "config": config, "optimizer": {"groups": groups, "state": scalars}}
+        self._thread = threading.Thread(target=self._write, args=(position.step, weights, buffers, state))
         self._thread.start()
 
     def wait(self) -> str | None:
@@ -169,7 +205,12 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     try:
         state = json.loads((checkpoint / "state.json").read_text())
         files = state["files"]
-        if state["format"] != 1 or "model.safetensors" not in files or any(type(state[key]) is not int for key in _POSITION):
+        if state["format"] == 1:
+            raise UserError(
+                f"{checkpoint} is of an older version, in which mvr1, mvr2 and mvr3 were other algorithms; train again"
+            )
+        counts = [state[key] for key in ("step", "evaluated", "skipped", "validated", "metrics_bytes")]
+        if state["format"] != _FORMAT or "model.safetensors" not in files or any(type(count) is not int for count in counts):
             raise ValueError("state.json is not one of ours")
         state["config"], state["optimizer"]["groups"], float(state["seconds"])  # are there
         for name, expected in files.items():
@@ -219,37 +260,36 @@ def load(checkpoint: Path, state: dict[str, Any], model: nn.Module, optimizer: O
         groups = []
         for group, built in zip(saved["groups"], optimizer.param_groups, strict=True):
             values = {key: tuple(value) if isinstance(value, list) else value for key, value in group.items()}
-            options = {key: built[key] for key in optimizer.defaults}
+            options = {key: built[key] for key in built if key in optimizer.defaults or key in ("betas", "eps")}
             groups.append({**values, **options, "params": [index[name] for name in group["params"]]})
-        buffers = _load_buffers(checkpoint, state["files"], {names[p]: (p, optimizer.state[p]) for p in names})
+        buffers = _load_buffers(checkpoint, state["files"], {names[p]: optimizer.state.get(p, {}) for p in names})
         loaded = {i: dict(saved["state"][name]) | buffers[name] for name, i in index.items()}
         optimizer.load_state_dict({"state": loaded, "param_groups": groups})
     except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{checkpoint} is of another optimizer: {_reason(error)}") from None
 
 
-def _load_buffers(
-    checkpoint: Path, files: dict[str, str], wanted: dict[str, tuple[Tensor, dict[str, Any]]]
-) -> dict[str, dict[str, Tensor]]:
-    """By parameter, the buffers that this rank's optimizer has, whole, from whichever ranks' files hold them or their rows."""
-    where: dict[str, list[Path]] = {}
-    for path in (checkpoint / name for name in sorted(files) if name.startswith("optimizer-")):
-        with safe_open(path, "pt") as file:
+def _load_buffers(checkpoint: Path, files: dict[str, str], states: dict[str, dict[str, Any]]) -> dict[str, dict[str, Tensor]]:
+    """By parameter, the tensors of the optimizer's state, from whichever ranks' files hold them (all or some of the rows).
+
+    An optimizer that has its state already gets what this rank has of it, one that makes it in its first step gets all.
+    """
+    with ExitStack() as stack:
+        parts: dict[str, list[Any]] = {}
+        for name in sorted(name for name in files if name.startswith("optimizer-")):
+            file = stack.enter_context(safe_open(checkpoint / name, "pt"))
             for key in file.keys():  # noqa: SIM118 (it is no dict)
-                where.setdefault(key, []).append(path)
-    loaded: dict[str, dict[str, Tensor]] = {}
-    for name, (param, state) in wanted.items():
-        loaded[name] = {}
-        for key in (key for key, value in state.items() if isinstance(value, Tensor)):
-            if f"{name}/{key}" not in where:
-                raise ValueError(f"it has no {key} of {name}")
-            parts = []
-            for path in where[f"{name}/{key}"]:
-                with safe_open(path, "pt") as file:
-                    parts.append(file.get_tensor(f"{name}/{key}"))
-                if parts[0].shape in (param.shape, ()):
-                    break
-            loaded[name][key] = parts[0] if len(parts) == 1 else torch.cat(parts)  # rows, in the order of the ranks
+                parts.setdefault(key, []).append(file)
+        loaded: dict[str, dict[str, Tensor]] = {}
+        for name, state in states.items():
+            wanted = [key for key, value in state.items() if isinstance(value, Tensor)]
+            if not state:
+                wanted = [key.rpartition("/")[2] for key in parts if key.rpartition("/")[0] == name]
+            for key in wanted:
+                if f"{name}/{key}" not in parts:
+                    raise ValueError(f"it has no {key} of {name}")
+            pieces = {key: [file.get_tensor(f"{name}/{key}") for file in parts[f"{name}/{key}"]] for key in wanted}
+            loaded[name] = {key: torch.cat(piece) if len(piece) > 1 else piece[0] for key, piece in pieces.items()}
     return loaded
 
 

@@ -12,6 +12,7 @@ Whatever is wrong is a `UserError` of one line. Torch is not imported here, so t
 import argparse
 import dataclasses
 import difflib
+import json
 import math
 import operator
 import os
@@ -26,12 +27,20 @@ from typing import Any, NoReturn
 from common.errors import UserError
 
 NORMS = ("spectral", "sign", "colnorm", "rownorm", "frobenius", "rms", "adamw", "auto")
+OPTIMIZERS = ("gluon", "mvr1", "mvr2", "mvr3", "single_batch", "previous_batch", "muon_mvr", "adamw")
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
-def option(default: bool | int | float | str, help: str, **rules: Any) -> Any:
-    """A field of `Config`. Rules: `choices`, `least`, `above`, `below`, `most`, and `group`, a heading of `--help`."""
+def option(default: bool | int | float | str | None, help: str, **rules: Any) -> Any:
+    """A field of `Config`. Rules: `choices`, `least`, `above`, `below`, `most`, and `group`, a heading of `--help`.
+
+    `kind` is the type of an option whose default is None: the optimizer's own, or nothing.
+    """
     return field(default=default, metadata={"help": help, **rules})
+
+
+def _kind(opt: dataclasses.Field) -> type:
+    return opt.metadata.get("kind", type(opt.default))
 
 
 @dataclass(frozen=True)
@@ -39,7 +48,7 @@ class Config:
     """Every option of a run; its type is that of its default. Building one checks it."""
 
     run_name: str = option("run", "folder of this run under results_dir, else the config's name", group="run")
-    results_dir: str = option("results", "where runs are written")
+    results_dir: str = option("runs", "where runs are written")
     overwrite: bool = option(False, "replace an existing run of this name")
     resume: str = option("", "a checkpoint to go on from; auto: this run's newest, if it has one")
     seed: int = option(0, "seed of the weights and of the data's order", least=0)
@@ -49,36 +58,41 @@ class Config:
     shuffle: bool = option(False, "read the sequences in a random order")
     batch_size: int = option(512, "sequences per step, over all ranks", least=1)
     seq_len: int = option(1024, "tokens per sequence", least=1)
-    micro_batch_size: int = option(32, "most sequences per forward pass on one device", least=1)
+    micro_batch_size: int = option(0, "most sequences per forward pass on one device; 0: what its memory holds", least=0)
 
     vocab_size: int = option(50304, "size of the vocabulary", least=2, group="model")
     n_layer: int = option(12, "layers", least=1)
     n_head: int = option(6, "attention heads", least=1)
     d_model: int = option(768, "width; a multiple of 2 * n_head", least=2)
 
-    optimizer: str = option("gluon", "the algorithm", choices=("gluon", "mvr1", "mvr2", "mvr3", "adamw"), group="optimizer")
+    optimizer: str = option(
+        "gluon", f"{', '.join(OPTIMIZERS)}, or package.module:Class of any torch.optim.Optimizer", group="optimizer"
+    )
     lr: float = option(3.6e-4, "learning rate; a layer moves by lr * radius", least=0)
-    momentum: float = option(0.9, "weight of the past in the momentum (beta)", least=0, below=1)
-    gamma: float = option(0.1, "scale of the variance reduction's correction", least=0)
-    inner: float = option(0.0, "mvr2 only: weight of the new gradient in the nested form, 0 is off", least=0, most=1)
-    correction_every: int = option(1, "mvr2, mvr3: of so many sequences one is evaluated twice", least=1)
-    weight_decay: float = option(0.0, "decoupled; 1 keeps the weights in the ball of the radius", least=0)
+    momentum: float | None = option(None, "weight of the past in the momentum (beta)", kind=float, least=0, below=1)
+    gamma: float | None = option(None, "scale of the correction: mvr1, mvr3, ..._batch, muon_mvr", kind=float, least=0)
+    q: float | None = option(None, "mvr2, mvr3: weight of the new gradient in the estimate", kind=float, above=0, most=1)
+    weight_decay: float | None = option(None, "decoupled; 1 keeps the weights in the ball of the radius", kind=float, least=0)
+    bias_correction: bool | None = option(None, "start averages from zero, corrected; false: first gradient whole", kind=bool)
+    compare_with: str = option(
+        "last_step", "muon_mvr: the gradient to compare with", choices=("last_step", "previous_batch", "previous_weights")
+    )
+    optimizer_options: dict | None = option(None, "more options of the optimizer's constructor", kind=dict)  # noqa: RUF009
+    embed_options: dict | None = option(None, "the embedding's options, where they differ", kind=dict)  # noqa: RUF009
     block_norm: str = option("spectral", "norm of the blocks", choices=NORMS)
     block_radius: float = option(50.0, "radius of the blocks' matrices", above=0)
     embed_norm: str = option("sign", "norm of the embedding", choices=NORMS)
     embed_radius: float = option(3000.0, "radius of the tied embedding", above=0)
     scale: str = option("scion", "dimension factor of a step", choices=("scion", "muon", "moonlight", "none"))
     polar: str = option("polar_express", "polar factor", choices=("polar_express", "newton_schulz", "svd"))
-    beta1: float = option(0.9, "adamw: weight of the past in the mean", least=0, below=1)
-    beta2: float = option(0.95, "adamw: weight of the past in the variance", least=0, below=1)
-    eps: float = option(1e-8, "adamw: added to the root of the variance", above=0)
+    beta1: float | None = option(None, "adamw: weight of the past in the mean", kind=float, least=0, below=1)
+    beta2: float | None = option(None, "adamw: weight of the past in the variance", kind=float, least=0, below=1)
+    eps: float | None = option(None, "adamw: added to the root of the variance", kind=float, above=0)
 
     steps: int = option(5100, "updates of the weights", least=1, group="schedule")
     schedule: str = option("constant", "course of the lr", choices=("constant", "linear", "theory"))
     warmup_steps: int = option(0, "first updates, in which the lr rises from 0", least=0)
     warmdown_steps: int = option(1450, "linear only: last updates, in which the lr falls to 0", least=0)
-    momentum_end: float = option(-1.0, "linear only: where momentum goes in proportion as the lr falls; -1: stays", most=1)
-    gamma_end: float = option(-1.0, "linear only: where gamma goes in proportion as the lr falls; -1: stays")
 
     val_every: int = option(125, "updates between validations", least=1, group="evaluation")
     val_tokens: int = option(10485760, "tokens of a validation", least=1)
@@ -108,25 +122,13 @@ class Config:
                 f"d_model = {self.d_model} must be a multiple of 2 * n_head = {2 * self.n_head}: heads share it, and "
                 "rotary embeddings turn pairs"
             )
-        if self.inner and self.optimizer != "mvr2":
-            raise _mistake(f"inner = {self.inner} needs optimizer = mvr2, not {self.optimizer}; or set inner to 0")
-        if self.correction_every > 1 and self.optimizer not in ("mvr2", "mvr3"):
+        if ":" not in self.optimizer and self.optimizer not in OPTIMIZERS:
             raise _mistake(
-                f"correction_every = {self.correction_every} needs optimizer = mvr2 or mvr3, not {self.optimizer}; "
-                "or set correction_every to 1"
+                f"optimizer must be one of {', '.join(OPTIMIZERS)}, or package.module:Class, not {_shown(self.optimizer)}"
+                + _near(self.optimizer, OPTIMIZERS)
             )
-        for name in ("momentum_end", "gamma_end"):
-            end = getattr(self, name)
-            if end != -1 and end < 0:
-                raise _mistake(f"{name} must be at least 0, or -1 where {name.removesuffix('_end')} stays, not {end}")
-            if end != -1 and self.schedule != "linear":
-                raise _mistake(f"{name} = {end} needs schedule = linear, not {self.schedule}; or set {name} to -1")
-        if self.gamma_end != -1 and (self.optimizer not in ("mvr1", "mvr2", "mvr3") or self.inner):
-            raise _mistake(
-                f"gamma_end = {self.gamma_end} needs optimizer = mvr1, mvr2 (inner = 0) or mvr3, not {self.optimizer}"
-                + (f" with inner = {self.inner}" if self.inner else "")
-                + "; or set gamma_end to -1"
-            )
+        if self.compare_with != "last_step" and self.optimizer != "muon_mvr":
+            raise _mistake(f"compare_with = {self.compare_with} needs optimizer = muon_mvr, not {self.optimizer}")
         if self.text and self.vocab_size < 257:
             raise _mistake(
                 f"text = {self.text} needs vocab_size = 257 (256 bytes and the end of a document) or more, "
@@ -135,7 +137,7 @@ class Config:
         if self.text and self.data_dir == Config.data_dir:
             raise _mistake(f"text = {self.text} needs a data_dir of its own, such as data/{self.text}_bytes")
 
-    def to_dict(self) -> dict[str, bool | int | float | str]:
+    def to_dict(self) -> dict[str, Any]:
         """Name to value, ready for JSON; `from_dict` takes it back."""
         return dataclasses.asdict(self)
 
@@ -158,6 +160,8 @@ def load_config(argv: list[str]) -> Config:
     if path is not None:
         values = {"run_name": Path(path).stem, **_file_values(path)}
         values = _checked_all(path, {name: value for name, value in values.items() if name not in given})
+        if ":" in (given | values).get("optimizer", ""):  # whose module may lie beside the config
+            sys.path.append(os.path.dirname(os.path.abspath(path)))
     return Config(**values, **given)
 
 
@@ -183,15 +187,15 @@ def _parser() -> _Parser:
         if "group" in opt.metadata:
             group = parser.add_argument_group(opt.metadata["group"])
         flag = _flag(opt.name)
-        kind = type(opt.default)
-        default = str(opt.default).lower() if kind is bool else opt.default
+        kind = _kind(opt)
+        default = "the optimizer's own" if opt.default is None else str(opt.default).lower() if kind is bool else opt.default
         choices = "|".join(opt.metadata.get("choices", ())).strip("|")
         help = opt.metadata["help"] + (choices and f": {choices}") + (f" [{default}]" if default != "" else "")
         if kind is bool:
             group.add_argument(flag, action="append", nargs="?", const="true", metavar="BOOL", help=help)
             group.add_argument("--no-" + flag[2:], dest=opt.name, action="append_const", const="false", help=argparse.SUPPRESS)
         else:
-            metavar = {int: "INTEGER", float: "NUMBER", str: "TEXT"}[kind]
+            metavar = {int: "INTEGER", float: "NUMBER", str: "TEXT", dict: "JSON"}[kind]
             group.add_argument(flag, action="append", metavar=metavar, help=help)
     return parser
 
@@ -204,7 +208,7 @@ def _command_line(argv: list[str]) -> dict[str, Any]:
         words.append(key.replace("_", "-") + equals + value if key.startswith("--") else word)
     namespace, unknown = _parser().parse_known_args(words)
     if unknown and unknown[0].startswith("--") and len(unknown[0]) > 2:
-        raise _mistake(f"unknown option {_hint(unknown[0].partition('=')[0], map(_flag, OPTIONS))}")
+        raise _mistake(f"unknown option {_hint(unknown[0].partition('=')[0], ['--config', *map(_flag, OPTIONS)])}")
     if unknown:
         raise _mistake(f"{_shown(unknown[0])} belongs to no option; write options as --key value")
     given = {}
@@ -221,13 +225,13 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _parsed(name: str, text: str) -> bool | int | float | str:
+def _parsed(name: str, text: str) -> Any:
     """The value that a text stands for; one that does not parse stays a text, which the check then refuses."""
-    kind = type(OPTIONS[name].default)
+    kind = _kind(OPTIONS[name])
     if kind is bool:
         return {"true": True, "false": False}.get(text.lower(), text)
     try:
-        return kind(text)
+        return json.loads(text) if kind is dict else kind(text)
     except ValueError:
         return text
 
@@ -278,7 +282,10 @@ def _nearest_file(path: str) -> str:
 
 # Checks ---------------------------------------------------------------------------------------------------------------
 
-KINDS = {bool: "True or False", int: "an integer", float: "a finite number", str: "text"}
+KINDS = {
+    bool: "True or False", int: "an integer", float: "a finite number", str: "text",
+    dict: 'option names and their values, such as {"nesterov": false},',
+}  # fmt: skip
 BOUNDS = {
     "least": ("of at least", operator.ge),
     "above": ("above", operator.gt),
@@ -296,7 +303,9 @@ def _checked_all(source: str, values: dict[str, Any]) -> dict[str, Any]:
 
 def _checked(label: str, opt: dataclasses.Field, value: Any) -> Any:
     """The value as the option's type, or an error that says what it must be."""
-    kind, rules = type(opt.default), opt.metadata
+    kind, rules = _kind(opt), opt.metadata
+    if value is None and opt.default is None:
+        return None
     wanted = KINDS[kind]
     bounds = [(word, rules[key], holds) for key, (word, holds) in BOUNDS.items() if key in rules]
     if bounds:
@@ -324,12 +333,22 @@ def _checked(label: str, opt: dataclasses.Field, value: Any) -> Any:
     elif kind is str and opt.name == "run_name":
         wanted = "a folder name of 1 to 200 bytes (no slash, no outer space, not '..')"
         right = right and _names_folder(value)
+    elif kind is dict:
+        right = right and _is_plain(value) and all(isinstance(name, str) and name.isidentifier() for name in value)
     elif kind is str:
         wanted = "printable text" if opt.default == "" else "printable text that is not empty"
         right = right and value.isprintable() and (value.strip() != "" or opt.default == "")
     if not right:
         raise _mistake(f"{label} must be {wanted}, not {_shown(value)}{hint}")
     return value
+
+
+def _is_plain(value: object) -> bool:
+    """Whether JSON gives this value back as it is (a tuple becomes a list)."""
+    try:
+        return json.loads(json.dumps(value, allow_nan=False)) == value
+    except (TypeError, ValueError, RecursionError):
+        return False
 
 
 def _names_folder(text: str) -> bool:

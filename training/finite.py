@@ -1,10 +1,12 @@
 """Losses and gradients that are not finite: found on any rank before they can reach a checkpoint.
 
 Every pass ends with one small vector on the device: for the loss and for the gradient of each parameter, whether it is
-finite. Where a step can still be undone (`--on-nan skip`) or where looking costs nothing (a CPU), the vector is read at once
-and the pass raises `NotFiniteError`, which leaves the optimizer's step before it has touched weights or momentum. On CUDA a
-run that would stop anyway does not wait for the device: the vector is copied to the host while the next step is queued, and
-read one step later. Whatever is written (metrics, checkpoints) is preceded by `settle`, which reads what is still under way.
+finite. Where a step can still be undone (`--on-nan skip`) or where looking costs nothing (a CPU), the vector is read at
+once and the pass raises `NotFiniteError`, which leaves the optimizer's step before it has touched weights or momentum. (In
+the second pass of MVR-1, -2 and -3 the momentum holds the old gradient already, so it starts anew with the next one.) On
+CUDA a run that would stop anyway does not wait for the device: the vector is copied to the host while the next step is
+queued, and read one step later. Whatever is written (metrics, checkpoints) is preceded by `settle`, which reads what is
+still under way.
 """
 
 import math
@@ -17,6 +19,7 @@ from torch.optim import Optimizer
 
 from common.errors import UserError, say
 from data.loader import BatchLoader
+from training.checkpoint import Position
 from training.ranks import Ranks
 
 _MOST_IN_A_ROW = 20
@@ -27,10 +30,10 @@ class NotFiniteError(Exception):
 
 
 class FiniteGuard:
-    """Watches the losses and the gradients of a run. `skipped` counts the steps that were skipped."""
+    """Watches the losses and the gradients of a run, and counts the steps that were skipped in its position."""
 
     def __init__(
-        self, model: nn.Module, optimizer: Optimizer, loader: BatchLoader, ranks: Ranks, on_nan: str, skipped: int = 0
+        self, model: nn.Module, optimizer: Optimizer, loader: BatchLoader, ranks: Ranks, on_nan: str, position: Position
     ) -> None:
         self._model, self._optimizer, self._loader, self._ranks = model, optimizer, loader, ranks
         self._skip = on_nan == "skip"
@@ -39,7 +42,7 @@ class FiniteGuard:
         self._step = 0
         self._flags: Tensor | None = None  # of this step so far, on the device
         self._travelling: tuple[int, Tensor, torch.cuda.Event] | None = None  # of the step before, to the host
-        self.skipped, self._in_a_row = skipped, 0
+        self._position, self._in_a_row = position, 0
 
     def look(self, loss: Tensor) -> None:
         """At the end of a pass: note whether the loss and the gradients in `.grad` are finite."""
@@ -63,12 +66,12 @@ class FiniteGuard:
             self._optimizer.zero_grad()
             if not self._skip:
                 raise UserError(f"{what}; {_ADVICE}", everywhere=True) from None
-            self.skipped += 1
+            self._position.skipped += 1
             self._in_a_row += 1
             if self._in_a_row > _MOST_IN_A_ROW:
                 raise UserError(f"{what}, as in the {_MOST_IN_A_ROW} steps before; {_ADVICE}", everywhere=True) from None
             if self._ranks.first:
-                say(f"{what}; skipped, {self.skipped} in all")
+                say(f"{what}; skipped, {self._position.skipped} in all")
         else:
             self._in_a_row = 0
             if self._later:

@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from common.errors import UserError, say
+from training.checkpoint import Position
 from training.config import Config
 from training.ranks import Ranks
 
@@ -138,33 +139,48 @@ def _start_wandb(run_dir: Path, config: Config) -> Any:
 
 
 class Clock:
-    """Seconds of training: stands still during validation and checkpoints, goes on after a resume."""
+    """Seconds of training, into a run's position: stands still during validation and while a checkpoint is copied.
 
-    def __init__(self, seconds: float) -> None:
-        self._before, self._started = seconds, None
+    The device's queue is waited for where the clock starts, stops or is read by `stop`, so that each second counts where its
+    work was done.
+    """
+
+    def __init__(self, position: Position, device: torch.device) -> None:
+        self._position, self._device = position, device
+        self._started: float | None = None
 
     def start(self) -> None:
+        """Go on."""
+        self._wait()
         self._started = time.perf_counter()
 
     def stop(self) -> None:
-        self._before, self._started = self.seconds, None
+        """Stand still."""
+        self._wait()
+        self._position.seconds, self._started = self.seconds, None
 
     @property
     def seconds(self) -> float:
+        """Seconds of training so far; the host does not wait for the device."""
         running = time.perf_counter() - self._started if self._started is not None else 0.0
-        return self._before + running
+        return self._position.seconds + running
+
+    def _wait(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
 
 
 class Progress:
     """A bar with loss, speed and time left on rank 0; where there is no terminal, a plain line per validation."""
 
-    def __init__(self, config: Config, ranks: Ranks, start: int, flops_per_token: int) -> None:
-        self._config, self._first, self._start = config, ranks.first, start
+    def __init__(self, config: Config, ranks: Ranks, position: Position, flops_per_token: int) -> None:
+        self._config, self._first = config, ranks.first
+        self._start, self._evaluated, self._seconds = position.step, position.evaluated, position.seconds
         self._flops = flops_per_token
         name = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else ""
         self._peak = ranks.size * next((flops for key, flops in PEAK_FLOPS.items() if key in name), 0.0)
         self._bar = tqdm(
-            total=config.steps, initial=start, disable=None if ranks.first else True, unit="step", dynamic_ncols=True,
+            total=config.steps, initial=position.step, disable=None if ranks.first else True, unit="step", dynamic_ncols=True,
             desc=config.run_name,
         )  # fmt: skip
         self._shown: dict[str, str] = {}
@@ -174,9 +190,10 @@ class Progress:
         self._bar.update()
 
     def show(self, update: int, evaluated: int, seconds: float, **losses: float) -> None:
-        """Show losses; evaluating the gradient of `evaluated` sequences took `seconds`, since this process started."""
+        """Show losses. `evaluated` sequences have had their gradient computed so far, in `seconds`."""
         if not self._first:
             return
+        evaluated, seconds = evaluated - self._evaluated, seconds - self._seconds  # since this process started
         self._shown |= {name: f"{loss:.4f}" for name, loss in losses.items()}
         if evaluated:
             speed = evaluated * self._config.seq_len / seconds

@@ -27,7 +27,7 @@ _CONTENTS = (
 )  # fmt: skip
 # What makes a checkpoint another experiment's; other options may change on the way.
 _FIXED = (
-    "seed", "shuffle", "batch_size", "seq_len", "vocab_size", "n_layer", "n_head", "d_model", "optimizer", "inner",
+    "seed", "shuffle", "batch_size", "seq_len", "vocab_size", "n_layer", "n_head", "d_model", "optimizer", "compare_with",
     "block_norm", "embed_norm",
 )  # fmt: skip
 _VARIABLES = ("OMP_", "MKL_", "NCCL_", "CUDA_", "CUBLAS_", "TORCH_", "PYTORCH_", "GLOO_", "SLURM_JOB_ID")

@@ -1,0 +1,127 @@
+"""From a run's options to its optimizer: ours by name, and any `torch.optim.Optimizer` by package.module:Class."""
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from common.errors import UserError
+from model import GPT
+from optim import Gluon, GluonMVR1, GluonMVR2, GluonMVR3, MuonMVR, PreviousBatchMVR, SingleBatchMVR
+from optim.base import ADAMW, LayerwiseOptimizer
+from training.config import Config
+
+OPTIMIZERS: dict[str, type[Optimizer]] = {
+    "gluon": Gluon, "mvr1": GluonMVR1, "mvr2": GluonMVR2, "mvr3": GluonMVR3, "single_batch": SingleBatchMVR,
+    "previous_batch": PreviousBatchMVR, "muon_mvr": MuonMVR, "adamw": Gluon,
+}  # fmt: skip
+# Options that an optimizer need not have: one that the user gives is passed on, and refused if the constructor lacks it.
+_GIVEN = ("momentum", "gamma", "q", "weight_decay", "bias_correction", "eps")
+
+
+def build_optimizer(model: GPT, config: Config) -> Optimizer:
+    """The run's optimizer, with two groups: the matrices of the blocks, and the tied embedding.
+
+    Optimizers with norms get each group's norm and radius, scale and polar. MuonMVR takes the blocks as matrices and the
+    embedding to AdamW. An optimizer that knows of neither gets two plain groups. `embed_options` is for the second group.
+    Raises UserError for an optimizer that can't be found or built.
+    """
+    kind = optimizer_class(config.optimizer)
+    groups: list[dict[str, Any]] = [
+        {"params": list(model.blocks.parameters())},
+        {"params": [model.embedding.weight]},
+    ]
+    assert sorted(id(p) for g in groups for p in g["params"]) == sorted(id(p) for p in model.parameters())
+    options: dict[str, Any] = {name: value for name in _GIVEN if (value := getattr(config, name)) is not None}
+    if (config.beta1, config.beta2) != (None, None):
+        beta1, beta2 = ADAMW["betas"]
+        betas = (beta1 if config.beta1 is None else config.beta1, beta2 if config.beta2 is None else config.beta2)
+        options["adamw_betas" if issubclass(kind, MuonMVR) else "betas"] = betas
+    if issubclass(kind, MuonMVR):
+        groups[0]["use_muon"], groups[1]["use_muon"] = True, False
+        options["is_approx"] = config.compare_with == "last_step"
+    elif issubclass(kind, LayerwiseOptimizer):
+        norms = ("adamw", "adamw") if config.optimizer == "adamw" else (config.block_norm, config.embed_norm)
+        for group, norm, radius in zip(groups, norms, (config.block_radius, config.embed_radius), strict=True):
+            group |= {"norm": norm, "radius": 1.0 if norm == "adamw" else radius}  # AdamW's learning rate is lr itself
+        options |= {"scale": config.scale, "polar": config.polar}
+    options |= config.optimizer_options or {}
+    _refuse(config, [name for name in options if name not in _accepted(kind)], kind)
+    groups[1] |= config.embed_options or {}
+    try:
+        return kind(groups, lr=config.lr, **options)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"optimizer = {config.optimizer}: {' '.join(str(error).split())}") from None
+
+
+def optimizer_class(name: str) -> type[Optimizer]:
+    """The class that `optimizer` names. Raises UserError if it can't be found or is not an optimizer."""
+    if ":" not in name:
+        return OPTIMIZERS[name]
+    module_name, _, class_name = name.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        raise UserError(f"optimizer = {name}: {module_name} can't be imported ({' '.join(str(error).split())[:200]})") from None
+    found = getattr(module, class_name, None)
+    if found is None:
+        near = difflib.get_close_matches(class_name, dir(module), n=1)
+        raise UserError(
+            f"optimizer = {name}: {module_name} has no {class_name}" + (f"; did you mean {near[0]}?" if near else "")
+        )
+    if not (isinstance(found, type) and issubclass(found, Optimizer)):
+        raise UserError(f"optimizer = {name}: {class_name} is not a torch.optim.Optimizer")
+    return found
+
+
+def is_deferred(optimizer: Optimizer) -> bool:
+    """Whether the optimizer applies the update of a step within the next one."""
+    return bool(getattr(optimizer, "deferred", False))
+
+
+def schedule(optimizer: Optimizer, config: Config) -> Callable[[int], None]:
+    """A function that gives every group what the schedule says of a step.
+
+    linear: the lr of each group rises over the warm-up and falls over the warm-down. theory: the papers' decreasing steps, with
+    their momentum (Gluon: 1-β = (k+1)^(-1/2), t ∝ (k+1)^(-3/4); with two gradients a step, 1-β = t = (k+1)^(-2/3)).
+    """
+    first_lr = [float(group["lr"]) for group in optimizer.param_groups]
+    power, weight = (-2 / 3, -2 / 3) if getattr(optimizer, "passes", 1) == 2 else (-3 / 4, -1 / 2)
+
+    def set_step(step: int) -> None:
+        factor = min(1.0, (step + 1) / (config.warmup_steps + 1))
+        if config.schedule == "theory":
+            factor = (step + 1) ** power
+        elif config.schedule == "linear" and config.warmdown_steps:
+            factor = min(factor, (config.steps - step) / min(config.warmdown_steps, config.steps))
+        for group, lr in zip(optimizer.param_groups, first_lr, strict=True):
+            _set_lr(group, lr * min(1.0, factor))
+            if config.schedule == "theory" and "momentum" in group:
+                group["momentum"] = 1 - (step + 1) ** weight
+
+    return set_step
+
+
+def _set_lr(group: dict[str, Any], lr: float) -> None:
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(lr)
+    else:
+        group["lr"] = lr
+
+
+def _accepted(kind: type[Optimizer]) -> set[str]:
+    """The options of a constructor. Those of ours hand on what they don't name themselves."""
+    names = set(inspect.signature(kind).parameters)
+    if issubclass(kind, LayerwiseOptimizer) and "options" in names:
+        names |= kind.option_rules().keys() | inspect.signature(LayerwiseOptimizer).parameters.keys()
+    return names - {"params", "options", "process_group"}
+
+
+def _refuse(config: Config, names: list[str], kind: type[Optimizer]) -> None:
+    if names:
+        has = ", ".join(sorted(_accepted(kind)))
+        raise UserError(f"{names[0]} is not an option of optimizer = {config.optimizer}, which has {has}")
