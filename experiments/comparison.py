@@ -141,7 +141,7 @@ def spent(curve: Curve, budget: str, updates: float) -> float:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as Markdown. A difference below zero is in the variant's favour."""
-    heads = ["method", "setting", "seeds", "validation loss [95%]", "minus the first row, at equal updates"]
+    heads = ["method", "setting", "seeds", "validation loss [95%]", f"minus {rows[0]['label']}, at equal updates"]
     lines = [[*heads, "at equal gradients", "at equal seconds", "largest rise"]]
     for row in rows:
         cells = [row["label"], row["setting"], f"{len(row['seeds'])}", f"{row['loss'].level} at {row['updates']:,}"]
@@ -247,8 +247,8 @@ def draw(comparison: Comparison, speed: Mapping[str, Any] | None, out: Path) -> 
             for row in (0, 1):
                 panels[row][column].tick_params(length=0)
         panels[0][0].set_ylabel("Validation loss")
-        panels[1][0].set_ylabel("Minus the first (95%)")
-        page.suptitle(f"{comparison.title} (mean of {max(map(len, curves.values()))} seeds)", fontsize=13, fontweight="bold")
+        panels[1][0].set_ylabel(f"Minus {comparison.baseline.label} (95%)")
+        page.suptitle(f"{comparison.title}, mean of {max(map(len, curves.values()))} seeds", fontsize=13, fontweight="bold")
         page.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
         page.savefig(out, dpi=140)
         plt.close(page)

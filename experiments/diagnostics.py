@@ -37,8 +37,8 @@ from common.pictures import COLOURS, INK, LOOK, STYLES, pyplot
 from experiments.comparison import RESULTS
 from experiments.setup import batches, build
 from optim import Gluon, PreviousBatchMVR, SingleBatchMVR
-from train_gpt import set_schedule
 from training.config import Config, load_config
+from training.optimizers import schedule
 
 KINDS = ("same", "single_batch", "previous_batch")
 Gradients = list[Tensor]  # one for each parameter
@@ -231,14 +231,14 @@ def run(config: Config, every: int, reference: int, out: Path) -> list[dict[str,
     if not isinstance(optimizer, Gluon) or any(group["norm"] == "adamw" for group in optimizer.param_groups):
         raise UserError(f"measures Gluon and its variants, not {config.optimizer}; choose one with --optimizer")
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    evaluation = Evaluation(model, params)
+    evaluation, set_step = Evaluation(model, params), schedule(optimizer, config)
     records, last_batch, last_weights = [], None, None
     out.parent.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     with out.open("w") as file:
         for step in range(config.steps):
             batch, held = loader.batch(step), snapshot(params)
-            set_schedule(optimizer, config, step)
+            set_step(step)
             optimizer.step(evaluation.closure(*batch))
             weights = snapshot(params) if optimizer.deferred else held  # X_k
             if step and step % every == 0:

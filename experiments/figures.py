@@ -32,11 +32,12 @@ from experiments.comparison import CONFIG, RESULTS, RUNS, Arm, Comparison, body,
 from experiments.run_jobs import GOES_ON, ROOT, run_all
 from experiments.setup import evaluations
 from training.config import Config, load_config
+from training.metrics import PEAK_FLOPS
 
 LR = 2.5e-4
 TEXT_STEPS = {8: 5500, 2: 22000}  # the embedded text is not longer
 ASSUMED_TOKENS = 8000  # a second and gradient on one core
-PEAK, SHARE = 989e12, 0.4  # of an H100 or H200, and how much of it is assumed
+PEAK, SHARE = PEAK_FLOPS["H100"], 0.4  # and how much of it is assumed
 SHARD = 100_000_000
 
 GLUON = Arm("gluon", "Gluon", {"optimizer": "gluon", "momentum": 0.9})
@@ -95,7 +96,7 @@ def plan(number: int, scale: str, seeds: int, steps: int | None, folders: Folder
     if scale == "mini":
         lengths["gluon"] = max(length, min(2 * length, TEXT_STEPS[batch]))
     place = Path("figures") / scale / f"b{batch}"
-    title = f"{figure.title} ({scale} scale)"
+    title = f"{figure.title}, {scale} scale"
     return Comparison(title, arms, tuple(range(seeds)), lengths, folders.runs / place, folders.results / place, launcher)
 
 
@@ -182,8 +183,11 @@ def signs(number: int, comparison: Comparison, speed: Mapping[str, Any] | None) 
         leads = {u: sum(own[s].at("updates", u) - base[s].at("updates", u) for s in pairs) / len(pairs) for u in places}
         ahead = sum(lead < 0 for lead in leads.values())
         best = min(leads, key=leads.get)
+        lead = f"ahead at {ahead} of {len(leads)} validations, at most by {-leads[best]:.3f} (at {best:,.0f})"
+        if not ahead:
+            lead = f"behind at all {len(leads)} validations, at least by {leads[best]:.3f} (at {best:,.0f})"
         line = f"{row['label']}: a lower loss at equal updates is **{seen}**, {gap} at {row['equal_updates']['budget']:,.0f}; "
-        line += f"ahead at {ahead} of {len(leads)} validations, at best by {-leads[best]:+.3f} at {best:,.0f}"
+        line += lead
         if number == 4:
             line += (
                 f"; a transient instability is {'seen' if row['rise'] > 0.01 else 'not seen'} (largest rise {row['rise']:.3f})"

@@ -6,17 +6,14 @@ from data import embedded
 from data.loader import BatchLoader, TokenStream
 from data.shards import list_shards
 from model import GPT, GPTConfig
-from optim import Gluon, GluonMVR1, GluonMVR2, GluonMVR3, PreviousBatchMVR
-from train_gpt import build_optimizer
 from training.config import Config
-
-_TWO_PASSES = {"mvr1": GluonMVR1, "mvr2": GluonMVR2, "mvr3": GluonMVR3, "previous_batch": PreviousBatchMVR}
+from training.optimizers import build_optimizer, is_deferred, optimizer_class
 
 
 def evaluations(optimizer: str, updates: int) -> int:
     """The gradient evaluations of a run; the first step of a deferred optimizer has no previous weights."""
-    kind = _TWO_PASSES.get(optimizer, Gluon)
-    return kind.passes * updates - (kind.deferred and updates > 0)
+    kind = optimizer_class(optimizer)
+    return getattr(kind, "passes", 1) * updates - (is_deferred(kind) and updates > 0)
 
 
 def build(config: Config, device: torch.device | str = "cpu") -> tuple[GPT, torch.optim.Optimizer]:

@@ -58,8 +58,8 @@ from common.tables import markdown
 from experiments.run_jobs import ROOT
 from experiments.setup import batches, build
 from optim.norms import Norm, get_norm
-from train_gpt import set_schedule
 from training.config import Config, load_config
+from training.optimizers import schedule
 
 PENALTY = 10.0
 DPI = 150
@@ -168,6 +168,7 @@ def measure(config: Config, pool: int, probes: Sequence[int], say: Callable[[str
     if pool < 2:
         raise UserError(f"the pool needs 2 micro-batches or more, not {pool}")
     model, optimizer = build(config)
+    set_step = schedule(optimizer, config)
     names = [name for name, _ in model.named_parameters()]
     weights = [p for _, p in model.named_parameters()]
     kinds = {id(p): group["norm"] for group in optimizer.param_groups for p in group["params"]}
@@ -206,7 +207,7 @@ def measure(config: Config, pool: int, probes: Sequence[int], say: Callable[[str
     loss, parts = pool_gradients()
     started = time.monotonic()
     for step in range(config.steps):
-        set_schedule(optimizer, config, step)
+        set_step(step)
         beta, past = bias_corrected(optimizer.param_groups[0]["momentum"], past)
         batch, here, mean = loader.batch(step), [p.detach().clone() for p in weights], mean_of(parts)
         g = gradients(batch)
@@ -245,6 +246,7 @@ def measure(config: Config, pool: int, probes: Sequence[int], say: Callable[[str
     loader.close()
     return {
         "config": config.to_dict(),
+        "momentum": optimizer.param_groups[0]["momentum"],
         "pool": pool,
         "torch": torch.__version__,
         "seconds": round(time.monotonic() - started, 1),
@@ -387,7 +389,7 @@ def _draw_noise(result: dict, path: Path) -> None:
             panel.plot(range(1, len(values) + 1), values, color=COLOURS[number % len(COLOURS)], linewidth=1.5, label=kind)
     panels[0].set_title("Noise of a gradient, σ / ‖∇f‖", fontsize=11, loc="left")
     panels[1].set_title("Noise of a difference over σ, S / σ", fontsize=11, loc="left")
-    alpha = 1 - result["config"]["momentum"]
+    alpha = 1 - result["momentum"]
     panels[1].axhline(alpha, color="#333333", linewidth=1, linestyle=":")
     panels[1].text(1, alpha, " 1 − β", va="bottom", fontsize=9)
     panels[0].legend(fontsize=8, ncols=2)

@@ -4,7 +4,7 @@ Pure functions of numbers, without torch. `tests/test_evidence.py` holds them to
 """
 
 import math
-from bisect import bisect_left
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -123,11 +123,11 @@ class Curve:
         spends = getattr(self, budget)
         if not spends[0] <= spent <= spends[-1] + 1e-9:
             raise ValueError(f"{spent:g} {budget} are outside the validations {spends[0]:g} to {spends[-1]:g}")
-        i = min(bisect_left(spends, spent - 1e-9), len(spends) - 1)
-        share = (spent - spends[i - 1]) / (spends[i] - spends[i - 1]) if i else 1.0
-        if share >= 1 - 1e-12:
+        i = bisect_right(spends, spent + 1e-9) - 1  # the last of several validations at one price
+        if i + 1 == len(spends) or spends[i] >= spent - 1e-9:
             return self.losses[i]
-        return (1 - share) * self.losses[i - 1] + share * self.losses[i]
+        share = (spent - spends[i]) / (spends[i + 1] - spends[i])
+        return (1 - share) * self.losses[i] + share * self.losses[i + 1]
 
 
 def difference(

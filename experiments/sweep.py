@@ -52,6 +52,8 @@ class Method:
     lr_from: float = 1.25e-4
 
 
+# It has no radii, so the config's are set back to the defaults; a matrix then moves by lr.
+MUON = {"optimizer": "torch.optim:Muon", "weight_decay": 0.0, "block_radius": 50.0, "embed_radius": 3000.0}
 METHODS = {
     "gluon": Method("Gluon", {"optimizer": "gluon"}),
     "mvr1": Method("MVR-1", {"optimizer": "mvr1", "gamma": 1.0}),
@@ -60,7 +62,7 @@ METHODS = {
     "mvr1_gamma": Method("MVR-1 with γ < 1", {"optimizer": "mvr1"}, ("lr", "momentum", "gamma")),
     "single_batch": Method("single_batch", {"optimizer": "single_batch"}, ("lr", "momentum", "gamma")),
     "previous_batch": Method("previous_batch", {"optimizer": "previous_batch"}, ("lr", "momentum", "gamma")),
-    "muon": Method("torch.optim.Muon", {"optimizer": "torch.optim:Muon"}, recipe={"lr": 5e-3}, lr_from=1.25e-3),
+    "muon": Method("torch.optim.Muon", MUON, recipe={"lr": 5e-3}, lr_from=1.25e-3),
     "adamw": Method("AdamW", {"optimizer": "adamw"}, ("lr", "beta1"), {"lr": 2e-3}, 5e-4),
     "double_average": Method(
         "MVR-2 without its correction", {"optimizer": "experiments.controls:DoubleAverage"}, ("lr", "momentum", "q")

@@ -9,7 +9,7 @@ import torch
 
 from common.errors import UserError
 from data.shards import write_shard
-from experiments import figures, leaderboard, sweep
+from experiments import calibrate, figures, leaderboard, sweep
 from experiments.comparison import Arm, Comparison, compare, curve_of, replace_section
 from experiments.controls import DoubleAverage
 from experiments.run_jobs import Job, _diverged, pack, packed_records
@@ -72,6 +72,8 @@ def test_curves_are_read_on_straight_lines():
     with pytest.raises(ValueError, match="outside"):
         found.at("updates", 21)
     assert line((0, 10), (1.0, math.inf)).at("updates", 0) == 1.0
+    # The end of a deferred optimizer's run costs no gradient: of two validations at one price the last counts.
+    assert Curve((0, 1, 2), (0, 3, 3), (0, 1, 2), (5.0, 4.0, 3.0)).at("passes", 3) == 3.0
 
 
 def test_equal_budgets():
@@ -321,6 +323,64 @@ def test_a_tiny_figure_end_to_end(tmp_path, data, capsys):
     figures.main([*command, "--runs", str(tmp_path / "elsewhere"), "--", *words])
     assert "3 done, 0 to run" in capsys.readouterr().out
     assert (results / "README.md").read_text() == page
+
+
+@pytest.fixture
+def tiny(tmp_path, data):
+    """A config of a tiny model."""
+    path = tmp_path / "tiny.py"
+    lines = ["vocab_size = 64", *(word[2:].replace("-", "_") for word in SMALL.split() if "device" not in word)]
+    path.write_text("\n".join([*lines, "device = 'cpu'", f"data_dir = {str(data)!r}"]) + "\n")
+    return path
+
+
+def test_the_sweep_to_its_leaderboard(tmp_path, monkeypatch, capsys):
+    """Runs whose loss is known: the best setting is found, evaluated over seeds and ranked, and best.json says so."""
+    started = []
+
+    def run_all(jobs, at_once):
+        """Every run loses 1/update, and its distance from lr 5e-4; MVR-2 is 0.1 better, and seeds differ."""
+        for job in jobs:
+            if job.finished():
+                continue
+            started.append(job)
+            options, two = job.options, job.options["optimizer"] == "mvr2"
+            job.folder.mkdir(parents=True, exist_ok=True)
+            lines = [
+                {"update": u, "tokens": u, "passes": max(2 * u - 1, 0) if two else u, "seconds": u,
+                 "val_loss": 2 + abs(math.log(options["lr"] / 5e-4)) + 1 / max(u, 1) - 0.1 * two + options["seed"] % 7 / 100}
+                for u in range(0, job.steps + 1, options["val_every"])
+            ]  # fmt: skip
+            (job.folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+            (job.folder / "config.json").write_text(json.dumps(options))
+        pack(jobs)
+
+    monkeypatch.setattr(sweep, "run_all", run_all)
+    results = tmp_path / "results"
+    words = ["--methods", "gluon", "mvr2", "--results", str(results), "--runs", str(tmp_path / "runs")]
+    sweep.main([*words, "--steps", "40"])
+    assert len(started) == 2 * (16 + 8 + 4)
+    best = json.loads((results / "sweep" / "best.json").read_text())
+    lrs = [trial["lr"] for trial in sweep.trials_of(sweep.METHODS["gluon"])]
+    assert best["gluon"]["trial"]["lr"] == min(lrs, key=lambda lr: abs(math.log(lr / 5e-4)))
+    sweep.main([*words, "--steps", "40"])
+    assert len(started) == 56  # all of it was done
+    sweep.main([*words, "--evaluate"])
+    assert len(started) == 66
+    assert (results / "sweep" / "evaluation.png").stat().st_size > 10_000
+    text = leaderboard.leaderboard(figures.Folders(tmp_path / "runs", results)).splitlines()
+    assert text[2].startswith("| MVR-2 |") and text[3].startswith("| Gluon |")
+    assert "| 1,000 | 1,999 | 1,000 | -0.100 [-0.100, -0.100] **better** |" in text[2]
+    capsys.readouterr()
+
+
+def test_calibration_times_every_arm(tiny):
+    arms = tuple(
+        Arm(kind, kind, {"optimizer": kind, "batch_size": 2}, config=str(tiny)) for kind in ("gluon", "mvr2", "previous_batch")
+    )
+    found = calibrate.calibrate(2, arms, repeats=4)
+    assert found["gradient"] > 0 and found["update"].keys() == {"gluon", "mvr2", "previous_batch"}
+    assert all(seconds > 0 for seconds in found["update"].values())
 
 
 # ---- the page
