@@ -13,10 +13,10 @@ if .venv/bin/python -c 'import torch, sys; sys.exit(not torch.cuda.is_available(
   for run in $runs; do train "$run"; done
 else
   export OMP_NUM_THREADS=1
-  # The two dear ones first, so that the cheap ones fill what is left of both cores.
-  printf '%s\n' quickstart_mvr2 quickstart_mvr3 quickstart_gluon quickstart_mvr1 |
+  # The expensive ones first, so that the cheap one fills what is left of both cores.
+  printf '%s\n' quickstart_mvr1 quickstart_mvr2 quickstart_mvr3 quickstart_gluon |
     xargs -P 2 -I{} bash -c 'set -o pipefail; .venv/bin/python train_gpt.py --config configs/{}.py --resume auto | cat'
 fi
-.venv/bin/python -m scripts.plot $(printf 'results/%s ' $runs) --out results/quickstart.png
+.venv/bin/python -m scripts.plot $(printf 'runs/%s ' $runs) --out runs/quickstart.png
 echo
-.venv/bin/python -m scripts.sample $(printf 'results/%s ' $runs) --prompt "The people of the United States" --tokens 300
+.venv/bin/python -m scripts.sample $(printf 'runs/%s ' $runs) --prompt "The people of the United States" --tokens 300

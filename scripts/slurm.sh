@@ -14,7 +14,7 @@
 #   sbatch --nodes=4 scripts/slurm.sh --config configs/mvr1_b512.py [--key value ...]
 #
 # 300 seconds before the job's time is over (and when it is preempted) Slurm signals the tasks. torchrun hands the signal on to
-# its ranks, which save a checkpoint, leave the marker results/<run>/requeue and end; this script then puts the job into the queue
+# its ranks, which save a checkpoint, leave the marker runs/<run>/requeue and end; this script then puts the job into the queue
 # again. A rank that dies is restarted by torchrun up to RESTARTS times. --resume auto goes on in each case.
 set -uo pipefail
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"
