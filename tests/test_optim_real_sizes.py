@@ -1,14 +1,16 @@
-"""GPT-124M with its real shapes on two ranks under DDP: three steps equal to those of one process."""
+"""At real sizes, two ranks under DDP are one process: GPT-124M, and the trainer beyond DDP's first bucket."""
 
 import importlib
 from contextlib import contextmanager
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from ranks import Ranks
 from torch.nn.parallel import DistributedDataParallel
+from train_runs import data, trainer  # noqa: F401
 
 from model import GPT, GPTConfig
 from optim import Gluon, GluonMVR2, GluonMVR3
@@ -90,3 +92,13 @@ def test_two_ranks_are_one_process(ranks, variant, tmp_path):
     assert mean == pytest.approx(alone["losses"], rel=1e-6)
     # Of the way that each parameter has gone. Both sums have two terms, so they are the same in float32 as well.
     assert max(a["furthest"] for a in answers) < 1e-6
+
+
+@pytest.mark.parametrize("variant", ["gluon", "mvr1", "mvr2", "mvr3", "single_batch", "previous_batch", "adamw"])
+def test_the_trainer_beyond_ddps_first_bucket(trainer, variant):  # noqa: F811
+    """Three of its parameters are larger than the first bucket's 1 MiB, so DDP builds its buckets anew after a step."""
+    options = f"--optimizer {variant} --vocab-size 1000 --d-model 256 --n-layer 1 --steps 4"
+    alone = trainer.run(f"{variant}-1", options).ok()
+    two = trainer.run(f"{variant}-2", options, ranks=2).ok()
+    for name, right in alone.weights.items():
+        assert np.linalg.norm(two.weights[name] - right) <= 1e-9 * np.linalg.norm(right), name
