@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from model import GPT, GPTConfig
 from optim import Gluon, GluonMVR1, GluonMVR2, GluonMVR3, MuonMVR, PreviousBatchMVR, SingleBatchMVR
 from training import checkpoint
-from training.checkpoint import Checkpointer
+from training.checkpoint import Checkpointer, Position
 from training.ranks import Ranks
 
 pytestmark = pytest.mark.slow
@@ -77,8 +77,7 @@ def steps(folder: str, variant: str, sharded: bool, first: int, last: int, load:
 
         optimizer.step(closure)
     writer = Checkpointer(Path(folder), ranks, keep=5)
-    position = {"evaluated": 0, "skipped": 0, "validated": 0, "seconds": 0.0, "metrics_bytes": 0, "config": {}}
-    writer.save(last, model, optimizer, position)
+    writer.save(model, optimizer, Position(step=last), config={})
     writer.finish()
     if not alone:
         dist.barrier()
