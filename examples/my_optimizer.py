@@ -1,6 +1,7 @@
 """Two optimizers that are not in `optim/`. They train like the others in one process, under DDP and with FSDP2:
 
-    python train_gpt.py --config configs/quickstart_gluon.py --optimizer examples.my_optimizer:TwoHorizons
+    python train_gpt.py --config configs/quickstart_gluon.py --run-name two_horizons \
+        --optimizer examples.my_optimizer:TwoHorizons --optimizer-options '{"slow": 0.95}'
 
 A subclass of `Gluon` changes the parts that differ. `optim.base.LayerwiseOptimizer` lists them. They all get lists of this
 rank's tensors, one for each parameter with a gradient, so a formula is a few `torch._foreach` calls.

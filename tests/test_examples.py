@@ -1,7 +1,6 @@
 """Every example runs, and trains exactly as the plain loop does; what a framework cannot do is refused in clear words."""
 
 import contextlib
-import functools
 import importlib
 import io
 import itertools
@@ -14,20 +13,12 @@ from unittest import mock
 
 import pytest
 import torch
-import torch.distributed as dist
-from ranks import Ranks
-from reference import lmo, trajectory
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from reference import trajectory
 from torch.func import functional_call
-from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
-import my_optimizer
 import plain_pytorch
 import task
-
-from optim import Gluon, GluonMVR1
 
 ROOT = Path(__file__).resolve().parent.parent
 VARIANTS = tuple(task.OPTIMIZERS)
@@ -59,25 +50,18 @@ def assert_differ(run, expected):
 # ---- the plain loop ---------------------------------------------------------------------------------------------------
 
 
-def gradient_of(net, names):
-    def gradient(weights, step, old=False):
-        weights = {name: w.detach().requires_grad_() for name, w in zip(names, weights, strict=True)}
-        return list(torch.autograd.grad(functional_call(net, weights, task.batch(step)), list(weights.values())))
-
-    return gradient
-
-
-def norms_of(names):
-    return ["sign" if "head" in name else "rms" if "bias" in name else "spectral" for name in names]
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_plain_loop_is_the_recursion(variant):
     net = task.Net()
     names = [name for name, _ in net.named_parameters()]
-    norms, own = norms_of(names), task.OPTIMIZERS[variant][1]
+
+    def gradient(weights, step, old=False):
+        weights = {name: w.detach().requires_grad_() for name, w in zip(names, weights, strict=True)}
+        return list(torch.autograd.grad(functional_call(net, weights, task.batch(step)), list(weights.values())))
+
+    norms, own = ["sign" if "head" in n else "rms" if "bias" in n else "spectral" for n in names], task.OPTIMIZERS[variant][1]
     path = trajectory(
-        variant, list(net.parameters()), gradient_of(net, names), range(task.STEPS), norms,
+        variant, list(net.parameters()), gradient, range(task.STEPS), norms,
         [2.0 if n == "sign" else 1.0 for n in norms], lambda _: 0.05, lambda _: 0.9,
         lambda _: own.get("gamma", 0.0), q=lambda _: own.get("q", 1.0),
     )  # fmt: skip
@@ -114,95 +98,6 @@ def test_bare_step(plain, variant):
 def test_bare_step_is_refused(variant):
     with pytest.raises(TypeError, match="needs a closure"):
         plain_pytorch.train_with_bare_step(variant)
-
-
-# ---- an optimizer of one's own ------------------------------------------------------------------------------------------
-
-
-def train_mine(name, how, **options):
-    """The weights after every step, in one process, under DDP or with FSDP2."""
-    net = model = task.Net()
-    if how == "ddp":
-        model = DistributedDataParallel(net)
-    elif how == "fsdp":
-        for layer in net.layers:
-            fully_shard(layer)
-        fully_shard(net)
-    optimizer = getattr(my_optimizer, name)(task.groups(net), lr=0.05, momentum=0.9, **options)
-    path = []
-    for step in range(8):
-        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        x, y = (whole.chunk(world)[rank] for whole in task.batch(step))
-
-        def closure(x=x, y=y):
-            optimizer.zero_grad()
-            loss = model(x, y)
-            loss.backward()
-            return loss
-
-        optimizer.step(closure)
-        weights = [p.detach() for p in net.parameters()]
-        path.append([w.full_tensor() if isinstance(w, DTensor) else w.clone() for w in weights])
-    return path
-
-
-MINE = {"TwoHorizons": {}, "HiddenMVR1": {"gamma": 0.2}}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", MINE)
-def test_my_optimizer_on_two_ranks(name):
-    alone = train_mine(name, "alone", **MINE[name])
-    ranks = Ranks(2)
-    for how in ("ddp", "fsdp"):
-        for path in ranks.run(functools.partial(train_mine, name, how, **MINE[name])):
-            for mine, right in zip(path, alone, strict=True):
-                for a, b in zip(mine, right, strict=True):
-                    torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
-    ranks.stop()
-
-
-def test_two_horizons_is_its_formula():
-    net = task.Net()
-    names = [name for name, _ in net.named_parameters()]
-    gradient, weights = gradient_of(net, names), [p.detach().clone() for p in net.parameters()]
-    sums, path = [[0.0, 0.0] for _ in names], train_mine("TwoHorizons", "alone", polar="svd")
-    for k, after in enumerate(path):
-        for i, (g, norm) in enumerate(zip(gradient(weights, k), norms_of(names), strict=True)):
-            sums[i] = [beta * old + (1 - beta) * g for beta, old in zip((0.9, 0.99), sums[i], strict=True)]
-            fast, slow = sums[i][0] / (1 - 0.9 ** (k + 1)), sums[i][1] / (1 - 0.99 ** (k + 1))
-            radius = 2.0 if norm == "sign" else 1.0
-            weights[i] = weights[i] + 0.05 * radius * lmo(fast + 0.5 * slow, norm)
-        for a, b in zip(after, weights, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
-
-
-def test_hidden_mvr1_corrects_hidden_layers_alone():
-    def train(kind, norm):
-        net = task.Net()
-        optimizer = kind(net.parameters(), lr=0.05, norm=norm)
-
-        def closure():
-            loss = net(*task.batch(optimizer.updates))
-            loss.backward()
-            return loss
-
-        for _ in range(5):
-            optimizer.step(closure)
-        optimizer.flush()
-        return list(net.parameters())
-
-    for norm, same, other in (("sign", Gluon, GluonMVR1), ("auto", GluonMVR1, Gluon)):
-        mine = train(my_optimizer.HiddenMVR1, norm)
-        assert all(map(torch.equal, mine, train(same, norm)))
-        assert not any(map(torch.equal, mine, train(other, norm)))
-
-
-@pytest.mark.parametrize("option", [{"slow": 1.0}, {"alpha": -1.0}])
-def test_an_option_of_mine_is_checked(option):
-    name = next(iter(option))
-    with pytest.raises(ValueError, match=f"{name} must be"):
-        my_optimizer.TwoHorizons(task.Net().parameters(), norm="auto", **option)
 
 
 # ---- Hugging Face -----------------------------------------------------------------------------------------------------
