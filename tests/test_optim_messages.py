@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -99,3 +101,31 @@ def test_momentum_is_spread_evenly(weights, world):
     assert kept["estimate"] == [a + b for a, b in zip(kept["embedding"], kept["blocks"], strict=True)]
     # No rank owns more than its even share of the matrices of one shape, rounded up: on 64 ranks one of each.
     assert max(kept["blocks"]) == (math.ceil(SQUARES / world) * SQUARE + math.ceil(TALLS / world) * TALL) * 4
+
+
+@pytest.mark.parametrize("world", [8, 64])
+def test_a_step_with_fsdp2_is_an_all_to_all_each_way(weights, world):
+    """Of the matrices alone: the momenta's pieces to their owners, and the directions' back, with a flag per piece."""
+    size = 2 if has_bfloat16_units(torch.device("cpu")) else 4
+    me = 0  # which owns some of each shape (the fake group refuses an empty message)
+    with rank_of(me, world), mock.patch.object(importlib.import_module("optim.polar"), "_STEPS", 0):
+        mesh = init_device_mesh("cpu", (world,))
+        sharded = {}
+        for name, params in weights.items():
+            pieces = [p.detach().chunk(world)[me] for p in params]
+            sharded[name] = [nn.Parameter(DTensor.from_local(piece, mesh, [Shard(0)])) for piece in pieces]
+        optimizer = Gluon(groups(sharded), lr=0.0)
+        for p in sharded["blocks"] + sharded["embedding"]:
+            p.grad = torch.zeros_like(p)
+        with Messages() as messages:
+            optimizer.step()
+        sent, got = [], []
+        for members in ([p for p in sharded["blocks"] if p.numel() == n] for n in (SQUARE, TALL)):
+            owned = [p for p in members if optimizer._owners.owner(p) == me]
+            assert len(owned) in (len(members) // world, math.ceil(len(members) / world)), "an even share of the work"
+            pieces, whole = sum(p.numel() // world for p in members), sum(p.numel() for p in owned)
+            sent += [pieces * 4, (whole + world * len(owned)) * size]
+            got += [whole * 4, (pieces + len(members)) * size]
+    assert [name for name, *_ in messages.seen] == ["alltoall_base"] * 4
+    expected = sorted((min(pair), max(pair)) for pair in zip(sent, got, strict=True))
+    assert sorted((low, high) for _, low, high in messages.seen) == expected
