@@ -3,6 +3,7 @@
 import functools
 
 import pytest
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from parallel import (
@@ -118,6 +119,22 @@ def test_one_ranks_share_is_refused(variant):
         assert is_refused(variant, saved)
         assert any(started(4).run(is_refused, variant, saved))
     assert not is_refused(variant, stopped("ddp", variant, 3, 3)[0])
+
+
+def through_a_file(variant, steps: int, folder: str) -> dict:
+    """Each rank saves its own state_dict and a new optimizer loads it, as in many a script."""
+    net, model = parallel_net("ddp")
+    optimizer = optimizer_of(variant, net)
+    for k in range(steps):
+        take_step(optimizer, model, k)
+    file = f"{folder}/{dist.get_rank()}.pt"
+    torch.save({"weights": net.state_dict(), "state": optimizer.state_dict()}, file)
+    return go_on(variant, steps, torch.load(file, weights_only=True))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_each_rank_may_save_its_own_share(variant, tmp_path):
+    assert_same(started(3).run(through_a_file, variant, 2, str(tmp_path)), tail(variant, 2))
 
 
 # torch.distributed.checkpoint
