@@ -334,21 +334,17 @@ def _checked(label: str, opt: dataclasses.Field, value: Any) -> Any:
         wanted = "a folder name of 1 to 200 bytes (no slash, no outer space, not '..')"
         right = right and _names_folder(value)
     elif kind is dict:
-        right = right and _is_plain(value) and all(isinstance(name, str) and name.isidentifier() for name in value)
+        right = right and all(isinstance(name, str) and name.isidentifier() for name in value)
+        try:
+            value = json.loads(json.dumps(value, allow_nan=False))  # a tuple becomes a list, as in a saved config
+        except (TypeError, ValueError, RecursionError):
+            right = False
     elif kind is str:
         wanted = "printable text" if opt.default == "" else "printable text that is not empty"
         right = right and value.isprintable() and (value.strip() != "" or opt.default == "")
     if not right:
         raise _mistake(f"{label} must be {wanted}, not {_shown(value)}{hint}")
     return value
-
-
-def _is_plain(value: object) -> bool:
-    """Whether JSON gives this value back as it is (a tuple becomes a list)."""
-    try:
-        return json.loads(json.dumps(value, allow_nan=False)) == value
-    except (TypeError, ValueError, RecursionError):
-        return False
 
 
 def _names_folder(text: str) -> bool:
