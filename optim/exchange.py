@@ -20,6 +20,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
+# torch 2.13 renamed it, and warns of the old name.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 def local(tensor: Tensor) -> Tensor:
     """The part of this tensor that lies on this rank."""
@@ -155,7 +158,7 @@ class Replicated(Alone):
         _pack([directions[i] for i, *_ in mine], [shape for *_, shape in mine], sent)
         got = sent.new_empty(self._ranks.size() * len(sent))
         # Bytes, because not every backend knows every dtype.
-        work = dist.all_gather_into_tensor(got.view(torch.uint8), sent.view(torch.uint8), group=self._ranks, async_op=True)
+        work = _all_gather(got.view(torch.uint8), sent.view(torch.uint8), group=self._ranks, async_op=True)
         self._travelling = work, sent, got  # `sent` must live until the message has left
 
     def receive(self) -> tuple[list[Piece], Tensor | None]:
