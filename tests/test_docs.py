@@ -77,12 +77,12 @@ def test_commands_of_the_readme_name_what_exists():
 
 
 def prose(page):
-    """The lines of a page that are neither of a table nor of a fenced block, and hold no link."""
+    """The lines of a page that are not of a table or a block of code and hold no link."""
     fenced = False
     for number, line in enumerate((ROOT / page).read_text().splitlines(), 1):
         if line.lstrip().startswith("```"):
             fenced = not fenced
-        elif not fenced and not line.lstrip().startswith(("|", "<!--")) and "](" not in line:
+        elif not fenced and not line.startswith("    ") and not line.lstrip().startswith(("|", "<!--")) and "](" not in line:
             yield number, line
 
 
