@@ -30,7 +30,7 @@ from training.finite import FiniteGuard
 from training.metrics import Metrics, SpikeDetector
 from training.ranks import Ranks
 
-MVR2 = "--optimizer mvr2 --gamma 0.4"
+MVR2 = "--optimizer mvr2 --q 0.6"
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
@@ -112,7 +112,7 @@ DAMAGES = {
     "bytes for a state": lambda folder: (folder / "state.json").write_bytes(bytes(range(256))),
     "a list for a state": lambda folder: (folder / "state.json").write_text("[1, 2]"),
     "nested brackets": lambda folder: (folder / "state.json").write_text("[" * 100_000),
-    "another format": edit_state(format=2),
+    "another format": edit_state(format=1),
     "a step in words": edit_state(step="six"),
     "no files": edit_state(files={}),
     "files that are none": edit_state(files=3),
@@ -207,9 +207,9 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(training.checkpoint, "_write_tensors", lambda *a: (time.sleep(0.5), write(*a))[1])
     checkpointer = training.checkpoint.Checkpointer(tmp_path, ALONE, keep=2)
     before = model.weight.detach().clone()
-    position = {"evaluated": 1, "skipped": 0, "validated": 0, "seconds": 0.0, "metrics_bytes": 0, "config": {}}
+    position = training.checkpoint.Position(step=1, evaluated=1, validated=0)
     started = time.monotonic()
-    checkpointer.save(1, model, optimizer, position)
+    checkpointer.save(model, optimizer, position, {})
     assert time.monotonic() - started < 0.4
     with torch.no_grad():
         model.weight.zero_()
@@ -340,7 +340,8 @@ def test_on_cuda_flags_are_read_a_step_later_but_before_anything_is_written(monk
     model = torch.nn.Linear(2, 2)
 
     def guard() -> FiniteGuard:
-        made = FiniteGuard(model, torch.optim.SGD(model.parameters()), types.SimpleNamespace(batch_size=8), ALONE, "stop")
+        batches = types.SimpleNamespace(batch_size=8)
+        made = FiniteGuard(model, torch.optim.SGD(model.parameters()), batches, ALONE, "stop", training.checkpoint.Position())
         made._later = True
         return made
 
