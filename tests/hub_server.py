@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import json
 import re
 import socket
 import struct
@@ -123,3 +125,94 @@ class HubServer:
         for key, value in {**headers, "Content-Length": "0"}.items():
             handler.send_header(key, value)
         handler.end_headers()
+
+
+class UploadServer:
+    """A hub of models on localhost that takes uploads: `files` is what was committed, by repository and name.
+
+    With `status` it answers every request with that status instead.
+    """
+
+    def __init__(self, status: int | None = None) -> None:
+        self.status = status
+        self.files: dict[str, dict[str, bytes]] = {}
+        self.large: dict[str, bytes] = {}  # by sha256
+        self.tokens: set[str | None] = set()
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *_):
+                pass
+
+            def do_POST(self):
+                hub.tokens.add(self.headers.get("Authorization"))
+                hub.answer(self, self.rfile.read(int(self.headers.get("Content-Length", 0))))
+
+            def do_PUT(self):
+                content = self.rfile.read(int(self.headers["Content-Length"]))
+                hub.large[hashlib.sha256(content).hexdigest()] = content
+                hub.say(self, {})
+
+            def do_GET(self):
+                hub.answer(self, b"")
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+
+    def __enter__(self):
+        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.server.shutdown()
+        self.server.server_close()
+
+    def answer(self, handler, body):
+        path = handler.path.partition("?")[0]
+        if self.status:
+            self.say(handler, {"error": "not you"}, self.status)
+        elif path == "/api/repos/create":
+            asked = json.loads(body)
+            name = f"{asked.get('organization') or 'user'}/{asked['name']}"
+            self.files.setdefault(name, {})
+            self.say(handler, {"url": f"{self.url}/{name}", "name": name})
+        elif match := re.fullmatch(r"/api/models/(.+)/preupload/main", path):
+            kinds = [
+                {
+                    "path": file["path"],
+                    "shouldIgnore": False,
+                    "uploadMode": "lfs" if "safetensors" in file["path"] else "regular",
+                }
+                for file in json.loads(body)["files"]
+            ]
+            self.say(handler, {"files": kinds})
+        elif path.endswith(".git/info/lfs/objects/batch"):
+            objects = [
+                {**each, "actions": {"upload": {"href": f"{self.url}/upload/{each['oid']}"}}}
+                for each in json.loads(body)["objects"]
+            ]
+            self.say(handler, {"transfer": "basic", "objects": objects})
+        elif match := re.fullmatch(r"/api/models/(.+)/commit/main", path):
+            for line in map(json.loads, body.splitlines()):
+                value = line["value"]
+                if line["key"] == "file":
+                    self.files[match[1]][value["path"]] = base64.b64decode(value["content"])
+                elif line["key"] == "lfsFile":
+                    self.files[match[1]][value["path"]] = self.large[value["oid"]]
+            url = f"{self.url}/{match[1]}/commit/{COMMIT}"
+            self.say(handler, {"success": True, "commitOid": COMMIT, "commitUrl": url})
+        elif path == "/api/validate-yaml":
+            self.say(handler, {"warnings": [], "errors": []})
+        else:
+            self.say(handler, {"error": f"no {path}"}, 404)
+
+    def say(self, handler, answer, status=200):
+        body = json.dumps(answer).encode()
+        handler.send_response(status)
+        handler.send_header("Content-Type", "application/json")
+        handler.send_header("Content-Length", str(len(body)))
+        handler.end_headers()
+        handler.wfile.write(body)

@@ -1,11 +1,15 @@
 """The folder for Hugging Face: our logits, its cache, padding, tokenizers, other people's evaluation, and the hub."""
 
 import json
+import os
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from hub_server import UploadServer
 from trained import random_model, write_run
 
 from common.errors import UserError
@@ -215,3 +219,41 @@ def test_wrong_words(tmp_path):
             main(words)
         assert len(str(caught.value).splitlines()) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["odd"]
+
+
+# ---- the hub
+
+
+def push(tmp_path, endpoint, **environment):
+    """Export a run and push it, as the command does."""
+    run = write_run(tmp_path / "run")
+    environment = {
+        **{key: value for key, value in os.environ.items() if not key.startswith("HF_")},
+        **{"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_ours"},
+        **environment,
+    }
+    words = [sys.executable, "-m", "scripts.export", str(run), "--out", str(tmp_path / "out"), "--push-to-hub", "user/ours"]
+    return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.slow
+def test_push(tmp_path):
+    with UploadServer() as hub:
+        ended = push(tmp_path, hub.url)
+    assert (ended.returncode, ended.stdout.splitlines()) == (0, [str(tmp_path / "out"), f"{hub.url}/user/ours"]), ended.stderr
+    assert hub.files["user/ours"] == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert hub.tokens >= {"Bearer hf_ours"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["no network", "refused", "no token"])
+def test_a_push_that_fails(tmp_path, kind):
+    with UploadServer(status=403) as hub:
+        if kind == "no network":
+            ended = push(tmp_path, "http://127.0.0.1:9")
+        else:
+            ended = push(tmp_path, hub.url, **({"HF_TOKEN": ""} if kind == "no token" else {}))
+    said = {"no network": "the hub can't be reached", "refused": "the hub refused (403", "no token": "HF_TOKEN"}[kind]
+    assert ended.returncode == 2 and len(ended.stderr.splitlines()) == 1 and said in ended.stderr, ended.stderr
+    assert f"hf upload user/ours {tmp_path / 'out'}" in ended.stderr
+    assert (tmp_path / "out" / "model.safetensors").is_file()
