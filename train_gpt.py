@@ -105,7 +105,7 @@ def run(config: Config, ranks: Ranks) -> Path:
 
     def updates() -> int:
         """The index of the weights that the model now holds."""
-        return getattr(optimizer, "updates", position.step)
+        return getattr(optimizer, "updates", position.step - position.skipped)
 
     def record(update: int, **losses: float) -> None:
         finite.settle(**losses)

@@ -22,16 +22,19 @@ from train_runs import ROOT, Trainer, data, trainer  # noqa: F401
 
 import training.checkpoint
 from common.errors import UserError
-from data.loader import BatchLoader
-from model import GPT, MLP
-from training.checkpoint import list_checkpoints, newest_state, read_state
-from training.config import Config
+from data.loader import BatchLoader, TokenStream
+from model import GPT, MLP, GPTConfig
+from training.checkpoint import Position, list_checkpoints, newest_state, read_state
+from training.config import Config, load_config
 from training.finite import FiniteGuard
 from training.metrics import Metrics, SpikeDetector
+from training.optimizers import build_optimizer
 from training.ranks import Ranks
 
 MVR2 = "--optimizer mvr2 --q 0.6"
+MVR3 = "--optimizer mvr3 --momentum 0.2"
 ALONE = Ranks(0, 1, torch.device("cpu"))
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +115,8 @@ DAMAGES = {
     "bytes for a state": lambda folder: (folder / "state.json").write_bytes(bytes(range(256))),
     "a list for a state": lambda folder: (folder / "state.json").write_text("[1, 2]"),
     "nested brackets": lambda folder: (folder / "state.json").write_text("[" * 100_000),
-    "another format": edit_state(format=1),
+    "another format": edit_state(format=3),
+    "an older format": edit_state(format=1),
     "a step in words": edit_state(step="six"),
     "no files": edit_state(files={}),
     "files that are none": edit_state(files=3),
@@ -207,9 +211,8 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(training.checkpoint, "_write_tensors", lambda *a: (time.sleep(0.5), write(*a))[1])
     checkpointer = training.checkpoint.Checkpointer(tmp_path, ALONE, keep=2)
     before = model.weight.detach().clone()
-    position = training.checkpoint.Position(step=1, evaluated=1, validated=0)
     started = time.monotonic()
-    checkpointer.save(model, optimizer, position, {})
+    checkpointer.save(model, optimizer, Position(step=1, evaluated=1), {})
     assert time.monotonic() - started < 0.4
     with torch.no_grad():
         model.weight.zero_()
@@ -291,7 +294,15 @@ def drop_batch_4() -> None:
 
 @pytest.mark.parametrize(
     "options, ranks",
-    [("--optimizer gluon", 1), ("--optimizer adamw", 1), (MVR2, 1), (MVR2, 2), ("--optimizer mvr3 --gamma 0.4", 1)],
+    [
+        ("--optimizer gluon", 1),
+        ("--optimizer adamw", 1),
+        (MVR2, 1),
+        (MVR2, 2),
+        (MVR3, 1),
+        ("--optimizer muon_mvr --lr 1e-2 --compare-with previous_weights", 1),
+        ("--optimizer torch.optim:AdamW --weight-decay 0", 1),
+    ],
 )
 def test_a_skipped_step_leaves_no_trace(trainer, options, ranks):  # noqa: F811
     """As if the batch had never been there: for MVR-2 the pending update stays pending."""
@@ -308,13 +319,48 @@ def test_a_skipped_step_leaves_no_trace(trainer, options, ranks):  # noqa: F811
     assert all(np.array_equal(value, without.weights[name]) for name, value in skipping.weights.items())
 
 
-def test_the_pending_update_stands_where_the_second_pass_is_skipped(trainer):  # noqa: F811
-    patch = functools.partial(poison, 4, "loss", passes=(2,))
-    whole = trainer.run("second-pass", f"{MVR2} --on-nan skip", patch=patch).ok()
-    assert [line["update"] for line in whole.metrics if "train_loss" in line] == [0, 1, 2, 3, 4, 5]
+def fresh_optimizer(trainer, options: str, start: Path, steps) -> dict[str, torch.Tensor]:  # noqa: F811
+    """The weights after these batches, from a run's last weights on, with an optimizer that has no past."""
+    config = load_config(trainer.words("fresh", options))
+    model = GPT(GPTConfig(config.vocab_size, config.n_layer, config.n_head, config.d_model, config.seq_len)).double()
+    model.load_state_dict(training.checkpoint.load_file(start / "model.safetensors"))
+    optimizer = build_optimizer(model, config)
+    loader = BatchLoader(TokenStream(trainer.data, "train"), batch_size=8, seq_len=16, shuffle_seed=0)
+
+    def closure(batch):
+        optimizer.zero_grad()
+        loss = model(*batch)
+        loss.backward()
+        return loss
+
+    for step in steps:
+        optimizer.step(functools.partial(closure, loader.batch(step)))
+    optimizer.flush()
+    loader.close()
+    return model.state_dict()
+
+
+def assert_close(weights: dict[str, np.ndarray], right: dict[str, torch.Tensor]) -> None:
+    assert weights.keys() == right.keys()
+    for name, value in right.items():
+        assert abs(weights[name] - value.numpy()).max() <= 1e-10 * value.abs().max(), name
+
+
+@pytest.mark.parametrize("options, ranks", [(MVR2, 1), (MVR3, 2)])
+def test_a_skipped_second_pass_restarts_the_momentum(trainer, options, ranks):  # noqa: F811
+    """The update of the step before is applied by then. The next gradient is the first of a new momentum."""
+    name = f"second-pass-{options.split()[1]}-{ranks}"
+    patch = functools.partial(poison, 4, "loss", passes=(2,), rank=ranks - 1)
+    whole = trainer.run(name, f"{options} --on-nan skip", ranks=ranks, patch=patch).ok()
+    losses = {line["update"]: line for line in whole.metrics if "train_loss" in line}
+    # Step 4 applies the update of step 3 and logs nothing. Step 5 is at X_4, with one pass, and step 6 at X_5.
+    assert list(losses) == [0, 1, 2, 3, 4, 5]
+    assert [line["passes"] for line in losses.values()] == [1, 3, 5, 7, 10, 12]
     assert whole.metrics[-1]["update"] == 6 and whole.metrics[-1]["skipped"] == 1
-    trainer.run("second-pass-5", f"{MVR2} --on-nan skip --steps 5", patch=patch).ok()
-    trainer.run("second-pass-5", f"{MVR2} --on-nan skip --resume auto").ok().same_as(whole)
+    four = trainer.run(f"{name}-four", f"{options} --steps 4", ranks=ranks).ok()
+    assert_close(whole.weights, fresh_optimizer(trainer, options, four.folder, steps=(5, 6)))
+    trainer.run(f"{name}-5", f"{options} --on-nan skip --steps 5", ranks=ranks, patch=patch).ok()
+    trainer.run(f"{name}-5", f"{options} --on-nan skip --resume auto", ranks=ranks).ok().same_as(whole)
 
 
 def test_a_run_that_can_only_skip_ends(trainer):  # noqa: F811
@@ -340,8 +386,9 @@ def test_on_cuda_flags_are_read_a_step_later_but_before_anything_is_written(monk
     model = torch.nn.Linear(2, 2)
 
     def guard() -> FiniteGuard:
-        batches = types.SimpleNamespace(batch_size=8)
-        made = FiniteGuard(model, torch.optim.SGD(model.parameters()), batches, ALONE, "stop", training.checkpoint.Position())
+        made = FiniteGuard(
+            model, torch.optim.SGD(model.parameters()), types.SimpleNamespace(batch_size=8), ALONE, "stop", Position()
+        )
         made._later = True
         return made
 

@@ -31,12 +31,12 @@ class LastGradient:
 
     def record(self, step: int, batch: Batch) -> None:
         """Before a step. The first one has nothing to compare with."""
+        previous, self._previous_batch = self._previous_batch, batch  # also where the pass below raises
         if self._keeps_weights:
             self._at_previous_weights(step, batch)
         elif step > 0:
-            self._evaluate(*(self._previous_batch or self._loader.batch(step - 1)))  # None after a resume
+            self._evaluate(*(previous or self._loader.batch(step - 1)))  # None after a resume
             self._optimizer.update_last_grad()
-        self._previous_batch = batch
 
     def _at_previous_weights(self, step: int, batch: Batch) -> None:
         present = [p.detach().clone() for p in self._params]
