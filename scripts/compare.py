@@ -118,9 +118,15 @@ def differing_options(groups: list[Group]) -> list[str]:
 
 
 def figures(group: Group) -> dict[str, str]:
-    """What the tables say of a group, as text; of several seeds the mean, of losses the standard deviation too."""
-    lasts = [curve(run.metrics)[-1] for run in group.runs]
-    bests = [min(finite(run.metrics), key=lambda record: record["val_loss"]) for run in group.runs]
+    """What the tables say of a group, as text; of several seeds the mean, of losses the standard deviation too.
+
+    Seeds that are not equally far are compared where the last of them is.
+    """
+    curves = [curve(run.metrics) for run in group.runs]
+    if shared := set.intersection(*({record["update"] for record in records} for records in curves)):
+        curves = [[record for record in records if record["update"] <= max(shared)] for records in curves]
+    lasts = [records[-1] for records in curves]
+    bests = [min(records, key=lambda record: (not math.isfinite(record["val_loss"]), record["val_loss"])) for records in curves]
     speeds = [last["tokens"] / last["seconds"] for last in lasts if last["seconds"] > 0]
 
     def mean(key: str) -> str:

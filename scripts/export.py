@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from common.errors import Parser, UserError, one_line_errors
 from data.tokenize_text import installed_vocabulary
@@ -132,7 +132,7 @@ def write_folder(trained: Trained, folder: Path) -> None:
     ):
         (folder / name).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     weights = {name: value.contiguous() for name, value in trained.model.state_dict().items()}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").write_bytes(save(weights, metadata={"format": "pt"}))
     shutil.copyfile(CODE, folder / CODE.name)
     (folder / "README.md").write_text(card(trained, folder.name), encoding="utf-8")
 

@@ -63,6 +63,15 @@ def test_table(four):
     assert [line.split() for line in lines[4:]] == [["run", "optimizer", "q"], ["gluon", "gluon", "-"], ["mvr2", "mvr2", "0.5"]]
 
 
+def test_seeds_that_are_not_equally_far(tmp_path):
+    runs = [write_run(tmp_path / f"run_seed{seed}", seed=seed, updates=updates) for seed, updates in ((0, 100), (1, 30))]
+    [group] = page_data(groups_of(*runs))["groups"]
+    loss = f"{2 + 4 * math.exp(-3):.4f} ± 0.0000"
+    assert group["val_loss"]["update"] == [0, 10, 20, 30]
+    assert (group["figures"]["final"], group["figures"]["best"]) == (loss, f"{loss} at 30")
+    assert group["figures"]["updates"] == "30"
+
+
 def test_what_is_no_second_seed(tmp_path):
     base = write_run(tmp_path / "a" / "run")
     again = write_run(tmp_path / "b" / "run")  # the same seed
