@@ -37,6 +37,7 @@ def refused(trainer, data, tmp_path, monkeypatch, capfd):  # noqa: F811
     """Run in this process, in a folder of its own with a copy of the data: the line that it is refused with."""
     shutil.copytree(data, tmp_path / "data")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))  # a config's folder joins it where an optimizer may lie there
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
 
     def run(options: str) -> str:
@@ -218,7 +219,15 @@ BAD_CHECKPOINTS = {
     "other heads": (untouched, f"{MVR2} --n-head 4", "was trained with n_head = 2, not 4"),
     "another vocabulary": (untouched, f"{MVR2} --vocab-size 64", "was trained with vocab_size = 61, not 64"),
     "another optimizer": (untouched, "--optimizer mvr3", "was trained with optimizer = mvr2, not mvr3"),
-    "the nested form": (untouched, f"{MVR2} --inner 0.5", "was trained with inner = 0.0, not 0.5"),
+    "another comparison": (
+        state(lambda s: s["config"].update(optimizer="muon_mvr")), "--optimizer muon_mvr --compare-with previous_batch",
+        "was trained with compare_with = last_step, not previous_batch",
+    ),
+    "an older format": (
+        state(lambda s: s.update(format=1)), MVR2,
+        "is of an older version, in which mvr1, mvr2 and mvr3 were other algorithms; train again",
+    ),
+    "an unknown format": (state(lambda s: s.update(format=3)), MVR2, "state.json is not one of ours"),
     "another norm": (untouched, f"{MVR2} --block-norm sign", "was trained with block_norm = spectral, not sign"),
     "past the steps": (untouched, f"{MVR2} --steps 3", "is at step 4, past --steps 3"),
     "an unknown option": (state(lambda s: s["config"].update(momentun=1)), MVR2, "unknown option 'momentun'"),
@@ -229,6 +238,9 @@ BAD_CHECKPOINTS = {
     "weights of another model": (resealed("model.safetensors", tensors(other__weight=(3, 3))), MVR2, "is of another model"),
     "weights of another shape": (resealed("model.safetensors", tensors(embedding__weight=(3, 3))), MVR2, "another model"),
     "no momentum": (resealed("optimizer-00000.safetensors", tensors(x=(1,))), MVR2, "it has no momentum_buffer of"),
+    "the state of another class": (
+        state(lambda s: s["config"].update(optimizer="muon_mvr")), "--optimizer muon_mvr", "it has no exp_avg_sq of embedding.weight"
+    ),
     "no groups": (state(lambda s: s["optimizer"].update(groups=[])), MVR2, "its parameter groups differ"),
     "groups that are numbers": (state(lambda s: s["optimizer"].update(groups=[1, 2])), MVR2, "is of another optimizer"),
     "no state of a parameter": (state(lambda s: s["optimizer"]["state"].popitem()), MVR2, "is of another optimizer"),
@@ -255,6 +267,58 @@ def test_resume_from_a_path_that_is_none(refused, saved, tmp_path):
     assert "can't be read as a checkpoint" in refused("--resume file")
     shutil.copytree(saved, tmp_path / "results" / "run")
     assert "holds another run; choose another --run-name" in refused(f"{MVR2} --resume {saved}")
+
+
+# ---- optimizers
+
+TO_FIND = {
+    "--optimizer no_such_package:Adam": "no_such_package can't be imported (No module named 'no_such_package')",
+    "--optimizer torch.optim.nowhere:Adam": "torch.optim.nowhere can't be imported (No module named 'torch.optim.nowhere')",
+    "--optimizer :Adam": "can't be imported",
+    "--optimizer torch.optim:": "torch.optim has no",
+    "--optimizer torch.optim:Mion": "torch.optim has no Mion; did you mean Muon?",
+    "--optimizer torch.nn:Linear": "Linear is not a torch.optim.Optimizer",
+    "--optimizer torch:manual_seed": "manual_seed is not a torch.optim.Optimizer",
+    "--optimizer mine:Broken --config {folder}/mine_config.py": "mine can't be imported (invalid syntax (mine.py, line 1))",
+    "--optimizer raises:Mine --config {folder}/mine_config.py": "raises can't be imported (division by zero)",
+}
+LACKING = {
+    "--optimizer mvr1 --q 0.5": "q is not an option of optimizer = mvr1, which has betas, bias_correction, eps, gamma, lr",
+    "--optimizer mvr2 --gamma 0.5": "gamma is not an option of optimizer = mvr2",
+    "--optimizer gluon --gamma 0.5": "gamma is not an option of optimizer = gluon",
+    "--optimizer single_batch --q 0.5": "q is not an option of optimizer = single_batch",
+    "--optimizer muon_mvr --q 0.5": "q is not an option of optimizer = muon_mvr",
+    "--optimizer muon_mvr --no-bias-correction": "bias_correction is not an option of optimizer = muon_mvr",
+    "--optimizer torch.optim:AdamW --momentum 0.9": "momentum is not an option of optimizer = torch.optim:AdamW, which has",
+    "--optimizer torch.optim:Muon --q 0.5": "q is not an option of optimizer = torch.optim:Muon",
+    '--optimizer gluon --optimizer-options {{"nesterov":true}}': "nesterov is not an option of optimizer = gluon",
+    '--optimizer mvr1 --optimizer-options {{"params":1}}': "params is not an option of optimizer = mvr1",
+}
+WRONG = {
+    '--optimizer gluon --optimizer-options {{"momentum":1.5}}': "optimizer = gluon: momentum must be",
+    '--optimizer gluon --embed-options {{"momentum":"high"}}': "optimizer = gluon: momentum must be",
+    '--optimizer gluon --embed-options {{"nesterov":true}}': "nesterov is not an option of optimizer = gluon",
+    '--optimizer torch.optim:AdamW --optimizer-options {{"betas":3}}': "optimizer = torch.optim:AdamW: ",
+    '--optimizer torch.optim:AdamW --embed-options {{"momentun":0.9}}': "momentun is not an option of optimizer = torch",
+    "--optimizer torch.optim:LBFGS": "optimizer = torch.optim:LBFGS: LBFGS doesn't support per-parameter options",
+    "--optimizer torch.optim:Optimizer": "optimizer = torch.optim:Optimizer: ",
+    '--optimizer gluon --optimizer-options {{"lr":1}}': "multiple values for keyword argument 'lr'",
+}
+
+
+@pytest.mark.parametrize("options", [*TO_FIND, *LACKING, *WRONG])
+def test_bad_optimizer(refused, tmp_path, options):
+    """One that can't be found, an option that it has not, a value that it refuses."""
+    (tmp_path / "mine_config.py").write_text("steps = 3\n")
+    (tmp_path / "mine.py").write_text("lr = = 1\n")
+    (tmp_path / "raises.py").write_text("1 / 0\n")
+    assert (TO_FIND | LACKING | WRONG)[options] in refused(options.format(folder=tmp_path))
+    assert not Path("results/run").exists()
+
+
+def test_bad_optimizer_in_a_config(refused, tmp_path):
+    (tmp_path / "own.py").write_text("optimizer = 'mvr1'\nq = 0.5\n")
+    assert "q is not an option of optimizer = mvr1" in refused(f"--config {tmp_path}/own.py --optimizer mvr1")
 
 
 # ---- folders
@@ -310,6 +374,7 @@ BAD_ENVIRONMENTS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_bad_environments(trainer):  # noqa: F811
     """All at once, each in a process of its own, since a rank ends its process."""
     with socket.socket() as taken:
@@ -345,6 +410,7 @@ BAD_RANKS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", BAD_RANKS)
 def test_bad_input_of_several_ranks(trainer, saved, case):  # noqa: F811
     ranks, options, says = BAD_RANKS[case]
@@ -361,7 +427,9 @@ COMMANDS = {
     "--config configs/mvr9_b512.py": "no config file",
     "--config {folder}/broken.py": "broken.py, line 2: ",
     "--config {folder}/raises.py": "raises.py, line 1: ZeroDivisionError",
-    "--optimizer mvr3 --inner 0.5": "inner = 0.5 needs optimizer = mvr2",
+    "--confg configs/mvr1_b512.py": "unknown option '--confg'; did you mean --config?",
+    "--optimizer mvr4": "optimizer must be one of gluon",
+    "--optimizer-options nesterov": "--optimizer-options must be option names and their values",
     "--n-head 5": "must be a multiple of 2 * n_head",
     "--run-name a/b": "a folder name of 1 to 200 bytes",
     "--momentum 1": "--momentum must be a finite number of at least 0 and below 1",
@@ -371,6 +439,7 @@ COMMANDS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_real_commands(tmp_path, data):  # noqa: F811
     """All at once: most are refused before torch is imported."""
     (tmp_path / "broken.py").write_text("lr = 1\nsteps = = 2\n")
@@ -390,6 +459,7 @@ def test_real_commands(tmp_path, data):  # noqa: F811
     assert files_below(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_options_are_checked_before_torch_is_imported():
     code = "import sys; sys.modules['torch'] = None; sys.argv = ['train_gpt.py', '--steps', '0']; import runpy; "
     done = subprocess.run(
@@ -401,6 +471,7 @@ def test_options_are_checked_before_torch_is_imported():
     assert done.returncode == 2 and done.stderr.startswith("train_gpt: --steps must be an integer of at least 1")
 
 
+@pytest.mark.slow
 def test_torchrun_with_two_ranks(tmp_path, data):  # noqa: F811
     """Our line comes once; what torchrun itself says of ranks that fail is its own."""
     tiny = [word for pair in TINY.items() if pair[0] not in ("--batch-size",) for word in pair]

@@ -50,8 +50,11 @@ def build_optimizer(model: GPT, config: Config) -> Optimizer:
             group |= {"norm": norm, "radius": 1.0 if norm == "adamw" else radius}  # AdamW's learning rate is lr itself
         options |= {"scale": config.scale, "polar": config.polar}
     options |= config.optimizer_options or {}
+    of_group = kind.option_rules().keys() if issubclass(kind, LayerwiseOptimizer) else set()
+    of_embedding = config.embed_options or {}
     _refuse(config, [name for name in options if name not in _accepted(kind)], kind)
-    groups[1] |= config.embed_options or {}
+    _refuse(config, [name for name in of_embedding if name not in _accepted(kind) | of_group], kind)
+    groups[1] |= of_embedding
     try:
         return kind(groups, lr=config.lr, **options)
     except (TypeError, ValueError) as error:
