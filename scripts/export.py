@@ -6,7 +6,7 @@
 Anyone then has it with transformers, and lm-evaluation-harness reads it as it is:
 
     AutoModelForCausalLM.from_pretrained("exported/gluon_b512", trust_remote_code=True)
-    lm_eval --model hf --model_args pretrained=exported/gluon_b512,trust_remote_code=True --tasks hellaswag
+    lm_eval run --model hf --model_args pretrained=exported/gluon_b512,trust_remote_code=True --tasks hellaswag
 """
 
 import json
