@@ -22,7 +22,7 @@ from data.shards import write_shard
 ROOT = Path(__file__).resolve().parent.parent
 TINY = {
     "--device": "cpu", "--dtype": "float64", "--vocab-size": "61", "--n-layer": "2", "--n-head": "2", "--d-model": "16",
-    "--seq-len": "16", "--batch-size": "8", "--micro-batch-size": "2", "--shuffle": "true", "--optimizer": "gluon",
+    "--seq-len": "16", "--batch-size": "8", "--micro-batch-size": "2", "--shuffle": "true",
     "--lr": "1e-3", "--block-radius": "20", "--embed-radius": "100", "--steps": "7", "--val-every": "3",
     "--val-tokens": "512", "--log-every": "1", "--checkpoint-every": "0",
 }  # fmt: skip
