@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ from common.errors import UserError
 from data.tokenize_text import load_encoder
 from scripts.export import byte_characters, main
 
-transformers = pytest.importorskip("transformers")
+# Nothing here imports the hub's library while tests are collected: other tests set what it reads when it is imported.
+pytestmark = pytest.mark.skipif(find_spec("transformers") is None, reason="transformers is not installed")
 ROOT = Path(__file__).resolve().parent.parent
 TEXTS = ["The people, 1790.", "  Größe\n\n\tof 漢字 and 🙂's  ", "don't 12345 x=y+1;", ""]
 
@@ -43,6 +45,8 @@ def exported(request, tmp_path_factory):
 
 
 def load(folder):
+    import transformers
+
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     return model.eval(), transformers.AutoTokenizer.from_pretrained(folder)
 
@@ -132,6 +136,8 @@ def test_the_characters_of_bytes_are_gpt2s():
 
 
 def test_saved_again_and_in_bfloat16(exported, loaded, tmp_path):
+    import transformers
+
     theirs, _ = loaded
     theirs.save_pretrained(tmp_path / "again")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again", trust_remote_code=True, dtype=torch.bfloat16)
