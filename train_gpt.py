@@ -10,7 +10,7 @@ algorithm may skip.
 
 import os
 import sys
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -38,25 +38,32 @@ from training.run_folder import ask_for_requeue, find_start, forget_requeue, hol
 
 
 def train(config: Config) -> Path:
-    """Start this process's place among the ranks, and run. Returns the run's folder."""
+    """Start this process's place among the ranks, and run. Returns the run's folder.
+
+    Also from a notebook or a program, and more than once. What a run changes in the process, it puts back: signal handlers
+    and torch's deterministic mode; its threads end. It seeds torch's global generators with `seed` and leaves them where the
+    run ended. Raises UserError for what the user can mend.
+    """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what --deterministic needs of cuBLAS
     ranks = Ranks.start(config.device, config.rank_timeout)
-    with ranks.naming_the_lost():
-        run_dir = run(config, ranks)
-    ranks.close()
+    with ExitStack() as at_end, ranks.naming_the_lost():
+        run_dir = run(config, ranks, at_end)
+        ranks.close()
     return run_dir
 
 
-def run(config: Config, ranks: Ranks) -> Path:
-    """One run, from its config to its last checkpoint."""
+def run(config: Config, ranks: Ranks, at_end: ExitStack) -> Path:
+    """One run, from its config to its last checkpoint. `at_end` is given what has to be put back, also after an error."""
     device = ranks.device
     on_cuda = device.type == "cuda"
     torch.manual_seed(config.seed)
     if config.deterministic:
+        at_end.callback(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled())
         torch.use_deterministic_algorithms(True)
 
     # Data: the same global stream of batches for every world size.
     loader, val_stream = ranks.together(lambda: open_data(config, ranks))
+    at_end.callback(loader.close)
 
     # Model and optimizer: `model` keeps the names, `compiled` is what runs, `net` also averages gradients over the ranks.
     dtype = config.dtype if config.dtype != "auto" else "bfloat16" if on_cuda else "float32"
@@ -87,15 +94,19 @@ def run(config: Config, ranks: Ranks) -> Path:
         position = Position.of(state)
     start = position.step
     ranks.agree(lambda: hold(lock, run_dir))
+    at_end.callback(lock.release)
     ranks.agree(lambda: prepare_run(run_dir, config, source, state))
     checkpoints = Checkpointer(run_dir, ranks, config.keep_checkpoints, config.keep_every)
+    at_end.callback(checkpoints.close)
     metrics = Metrics(run_dir, config, ranks, position.metrics_bytes)
+    at_end.callback(metrics.close)
     finite = FiniteGuard(model, optimizer, loader, ranks, config.on_nan, position)
-    stop = StopSignal(ranks)
+    stop = at_end.enter_context(StopSignal(ranks))
     if ranks.first:
         forget_requeue(run_dir)
     clock = Clock(position, device)
     progress = Progress(config, ranks, position, model.flops_per_token(config.seq_len))
+    at_end.callback(progress.close)
     progress.say(
         f"{config.run_name}: {sum(p.numel() for p in model.parameters()):,} parameters, {config.optimizer}, {dtype} on "
         f"{ranks.size} × {torch.cuda.get_device_name(device) if on_cuda else device.type}\n"
@@ -192,8 +203,7 @@ def run(config: Config, ranks: Ranks) -> Path:
         count = whole(position.evaluated / config.batch_size)
         progress.say(f"{config.run_name}: {updates()} updates, {count} gradient evaluations, {clock.seconds:.1f} s")
     progress.close()
-    ranks.agree(metrics.close)
-    loader.close()
+    ranks.agree(metrics.finish)
     return run_dir
 
 

@@ -427,11 +427,13 @@ def test_a_spike_is_found_the_same_after_a_resume(tmp_path):
         for update, loss in enumerate(losses[:stop]):
             metrics.write(update=update, train_loss=loss)
         size = metrics.durable_bytes()
+        metrics.finish()
         metrics.close()
         metrics = Metrics(folder, Config(), ALONE, size)
         for update, loss in enumerate(losses[stop:], stop):
             metrics.write(update=update, train_loss=loss)
         metrics.write(update=40, train_loss=5.0)
+        metrics.finish()
         metrics.close()
     first, second = ((tmp_path / str(stop) / "metrics.jsonl").read_text() for stop in (40, 35))
     assert first == second and json.loads(first.splitlines()[-1])["spike"] > 6

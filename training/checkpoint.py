@@ -123,6 +123,11 @@ class Checkpointer:
             say(f"checkpoint not written: {error}; the older ones are whole")
         return error
 
+    def close(self) -> None:
+        """Let the thread end. With other ranks, which may be dead, their files are not waited for."""
+        if self._ranks.size == 1:
+            self.wait()
+
     def finish(self) -> None:
         """Wait for the last checkpoint. Raises UserError where it could not be written."""
         if error := self.wait():

@@ -94,12 +94,16 @@ class Metrics:
             say(f"metrics.jsonl can't be written ({error.strerror})")
         return None
 
-    def close(self) -> None:
+    def finish(self) -> None:
         """Write what still waits. Raises UserError where that can't be."""
+        if self.durable_bytes() is None:
+            raise UserError("the end of metrics.jsonl can't be written; free some disk, then --resume auto")
+
+    def close(self) -> None:
+        """Let go of the file and the trackers, also after an error; does nothing the second time."""
         if self._file is not None:
-            if self.durable_bytes() is None:
-                raise UserError("the end of metrics.jsonl can't be written; free some disk, then --resume auto")
             os.close(self._file)
+        self._file = None
         if self._wandb:
             self._wandb.finish()
 

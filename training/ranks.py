@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import socket
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -179,13 +180,25 @@ class Ranks:
 
 
 class StopSignal:
-    """SIGINT, SIGTERM and SIGUSR1 (as schedulers warn) ask for a stop, of which all ranks learn at the end of the same step."""
+    """SIGINT, SIGTERM and SIGUSR1 (as schedulers warn) ask for a stop, of which all ranks learn at the end of the same step.
+
+    As a context. Python allows handlers in the main thread alone: in another thread, signals do what they did before.
+    """
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
         self._asked: signal.Signals | None = None
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._ask)
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "StopSignal":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+                self._before[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not set by Python
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self._asked and number == signal.SIGINT:  # a second Ctrl-C does not wait for the step
