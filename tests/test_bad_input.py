@@ -262,11 +262,25 @@ def test_resume_from_a_path_that_is_none(refused, saved, tmp_path):
     Path("empty").mkdir()
     assert "is no whole checkpoint: state.json is missing" in refused("--resume empty")
     Path("run/checkpoints").mkdir(parents=True)
-    assert "that run has no whole checkpoint" in refused("--resume run")
+    assert "that run has no checkpoint that can be used (there is none)" in refused("--resume run")
     Path("file").write_text("x")
     assert "can't be read as a checkpoint" in refused("--resume file")
     shutil.copytree(saved, tmp_path / "results" / "run")
     assert "holds another run; choose another --run-name" in refused(f"{MVR2} --resume {saved}")
+
+
+def test_a_run_of_the_older_version(refused, saved, tmp_path):
+    """Its config has options that are gone, its checkpoints are of other algorithms."""
+    run = tmp_path / "results" / "run"
+    shutil.copytree(saved, run)
+    for checkpoint in (run / "checkpoints").iterdir():
+        state(lambda s: s.update(format=1) or s["config"].update(gamma_end=-1.0))(checkpoint)
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"gamma_end": -1.0}))
+    why = "step_0000004 is of an older version, in which mvr1, mvr2 and mvr3 were other algorithms; train again"
+    assert f"{why}); --overwrite starts the run again" in refused(f"{MVR2} --resume auto")
+    assert f"that run has no checkpoint that can be used ({run}/checkpoints/{why})" in refused(f"{MVR2} --resume {run}")
+    assert "exists; --resume auto goes on with it, --overwrite replaces it" in refused(MVR2)
 
 
 # ---- optimizers

@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from common.errors import UserError
 from common.files import atomic_file
 from common.machine import cpu_name
-from training.checkpoint import has_checkpoints, newest_state, read_state
+from training.checkpoint import has_checkpoints, list_checkpoints, newest_state, read_state
 from training.config import Config
 
 REQUEUE = "requeue"
@@ -99,7 +99,7 @@ def _find(run_dir: Path, config: Config) -> tuple[Path, dict[str, Any]] | None:
     if config.resume == "auto":
         found = newest_state(own)
         if found is None and has_checkpoints(own) and not config.overwrite:
-            raise UserError(f"no checkpoint in {own} is whole any more; --overwrite starts the run again")
+            raise UserError(f"no checkpoint in {own} can be used ({_why(own)}); --overwrite starts the run again")
         return found
     if config.resume:
         path = Path(config.resume)
@@ -108,13 +108,23 @@ def _find(run_dir: Path, config: Config) -> tuple[Path, dict[str, Any]] | None:
         inside = path / "checkpoints"
         found = newest_state(inside) if inside.is_dir() else (path, read_state(path))
         if found is None:
-            raise UserError(f"--resume {path}: that run has no whole checkpoint")
+            raise UserError(f"--resume {path}: that run has no checkpoint that can be used ({_why(inside)})")
         if exists and not _is_in(found[0], run_dir) and not config.overwrite:
             raise UserError(f"{run_dir} holds another run; choose another --run-name, or --overwrite it")
         return found
     if exists and not config.overwrite:
         raise UserError(f"{run_dir} exists; --resume auto goes on with it, --overwrite replaces it, --run-name names another")
     return None
+
+
+def _why(checkpoints: Path) -> str:
+    """Why the newest of the checkpoints can't be used."""
+    try:
+        for newest in list_checkpoints(checkpoints)[:1]:
+            read_state(newest)
+    except UserError as error:
+        return str(error)
+    return "there is none"
 
 
 def _is_run(folder: Path) -> bool:
