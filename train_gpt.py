@@ -13,6 +13,7 @@ import sys
 from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from common.errors import leave, one_line_errors
 from training.config import Config, load_config
@@ -70,11 +71,11 @@ def run(config: Config, ranks: Ranks, at_end: ExitStack) -> Path:
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
     model = GPT(GPTConfig(config.vocab_size, config.n_layer, config.n_head, config.d_model, config.seq_len))
     model.to(device, torch.float64 if dtype == "float64" else torch.float32)
-    compiled = model
+    compiled: Any = model
     if config.compile == "on" or (config.compile == "auto" and on_cuda):
         compiled = torch.compile(model, dynamic=False)
-    net = ranks.replicate(compiled)
-    optimizer = ranks.together(lambda: build_optimizer(model, config))
+    net: Any = ranks.replicate(compiled)
+    optimizer: Any = ranks.together(lambda: build_optimizer(model, config))
     set_schedule = schedule(optimizer, config)
     deferred = is_deferred(optimizer)
     rows = config.batch_size // ranks.size
@@ -89,7 +90,7 @@ def run(config: Config, ranks: Ranks, at_end: ExitStack) -> Path:
         last_gradient = LastGradient(optimizer, config.compare_with, loader, lambda *batch: gradients(*batch))
     warm_up(net, (micro, config.seq_len) if compiled is not model else (1, 1), ranks, autocast)
     position = Position()
-    if source is not None:
+    if source is not None and state is not None:
         ranks.together(lambda: checkpoint.load(source, state, model, optimizer))
         position = Position.of(state)
     start = position.step

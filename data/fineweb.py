@@ -153,7 +153,7 @@ def _fetch_once(name: str, data_dir: Path, staging: Path, bar: tqdm[Any]) -> Sha
     from huggingface_hub import hf_hub_download
     from tqdm import tqdm
 
-    class Forward(tqdm):  # type: ignore[type-arg]
+    class Forward(tqdm):
         """What the hub's library takes for its bar: hands the bytes on to ours."""
 
         def __init__(self, *_: object, **__: object) -> None:

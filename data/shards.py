@@ -77,7 +77,7 @@ def write_shard(path: Path | str, tokens: np.ndarray) -> ShardInfo:
     header[:3] = MAGIC, VERSION, tokens.size
     body = np.ascontiguousarray(tokens, dtype=TOKEN)
     digest = hashlib.sha256(header.tobytes())
-    digest.update(body)
+    digest.update(body.data)
     with atomic_file(path) as file:
         file.write(header.tobytes())
         file.write(body.data)
@@ -180,7 +180,7 @@ def shard_info(path: Path | str, progress: Progress = _silent) -> ShardInfo:
     low, high = 65535, 0
     for start in range(0, len(tokens), _CHUNK_TOKENS):
         chunk = np.array(tokens[start : start + _CHUNK_TOKENS])
-        digest.update(chunk)
+        digest.update(chunk.data)
         low, high = min(low, int(chunk.min())), max(high, int(chunk.max()))
         progress(chunk.nbytes)
     return ShardInfo(HEADER_BYTES + tokens.nbytes, len(tokens), digest.hexdigest(), low, high)

@@ -83,9 +83,8 @@ def load_gpt2() -> Any:
     files = installed_vocabulary()
     if files is None:
         return _downloaded_gpt2()
-    ranks = data_gym_to_mergeable_bpe_ranks(
-        *(str(path) for path in files), _VOCAB_SHA256["vocab.bpe"], _VOCAB_SHA256["encoder.json"]
-    )
+    bpe, encoder = map(str, files)
+    ranks = data_gym_to_mergeable_bpe_ranks(bpe, encoder, _VOCAB_SHA256["vocab.bpe"], _VOCAB_SHA256["encoder.json"])
     return tiktoken.Encoding(
         "gpt2",
         explicit_n_vocab=50257,

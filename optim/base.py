@@ -42,7 +42,7 @@ SHARE = Rule(lambda v: is_number(v) and 0 < float(v) <= 1, "a number in (0, 1]")
 PAIR = Rule(lambda v: isinstance(v, tuple | list) and len(v) == 2 and all(map(PAST.allows, v)), "two numbers in [0, 1)")
 SWITCH = Rule(lambda v: isinstance(v, bool), "True or False")
 
-ADAMW = {"betas": (0.9, 0.95), "eps": 1e-8}
+ADAMW: dict[str, Any] = {"betas": (0.9, 0.95), "eps": 1e-8}
 
 
 class LayerwiseOptimizer(Optimizer):
@@ -251,10 +251,11 @@ class LayerwiseOptimizer(Optimizer):
             for params in self._split(group):
                 p = params[0]
                 norm, ranks = _norm(group, p), self._ranks_of(group, p)
-                exchange, sharded = Alone(), False
+                sharded = ranks is not None and isinstance(p, DTensor)
+                exchange = Alone()
                 if ranks is not None:
-                    sharded = isinstance(p, DTensor)
-                    exchange = (Sharded if sharded else Replicated)(params, self._owners, ranks, travel_dtype(p, norm))
+                    kind: type[Any] = Sharded if sharded else Replicated
+                    exchange = kind(params, self._owners, ranks, travel_dtype(p, norm))
                 inputs = partial(self._lmo_inputs, group, params, needs_all=sharded)
                 moves = [self.state[p]["pending"] for p in params]
                 yield Bucket(params, norm, exchange, inputs, moves, lr * radius, lr * weight_decay)
@@ -288,7 +289,7 @@ class LayerwiseOptimizer(Optimizer):
         alike: dict[int, list[Tensor]] = {}
         for p in params:
             alike.setdefault(self.state[p]["steps"], []).append(p)
-        directions = {}
+        directions: dict[Tensor, Tensor] = {}
         for steps, members in alike.items():
             buffers = self._buffers(group, members)
             correction1, correction2 = (1 - beta**steps for beta in group["pending"][-2:])
@@ -405,6 +406,7 @@ class LayerwiseOptimizer(Optimizer):
         return shared and self._owns(p) and self._owners.owner(p) is None
 
     def _as_rows(self, p: Tensor, buffer: Tensor) -> DTensor:
+        assert self._ranks is not None
         mesh = DeviceMesh.from_group(self._ranks, p.device.type)
         return DTensor.from_local(buffer, mesh, [Shard(0)], run_check=False, shape=p.shape, stride=p.stride())
 
@@ -414,7 +416,8 @@ class LayerwiseOptimizer(Optimizer):
         Options that a group lacks stay as they are. Raises ValueError if a buffer that this rank owns is missing or has another
         shape, as in the state_dict of one rank of several (see `full_state_dict`).
         """
-        handle = self.register_load_state_dict_pre_hook(LayerwiseOptimizer._before_loading)  # after the user's hooks
+        before: Any = LayerwiseOptimizer._before_loading
+        handle = self.register_load_state_dict_pre_hook(before)  # after the user's hooks
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -552,8 +555,8 @@ class LayerwiseOptimizer(Optimizer):
             return torch.zeros_like(local(self.state[p]["momentum_buffer"]))
         if gradient.is_sparse:
             raise RuntimeError("sparse gradients are not supported: build the embedding with sparse=False")
-        if isinstance(p, DTensor) and gradient.placements != p.placements:  # tensor-parallel code may leave a partial sum
-            gradient = gradient.redistribute(placements=p.placements)
+        if isinstance(p, DTensor) and isinstance(gradient, DTensor) and gradient.placements != p.placements:
+            gradient = gradient.redistribute(placements=p.placements)  # tensor-parallel code may leave a partial sum
         return self._own_part(p, gradient).to(buffer_dtype(p))
 
     def _check_layout(self) -> None:

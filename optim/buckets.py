@@ -129,7 +129,7 @@ def _replace_by_polar_factors(members: list[Tensor | None], norm: Spectral) -> N
     present = [i for i, m in enumerate(members) if m is not None]
     if not present:
         return
-    matrices = [members[i].flatten(1) for i in present]
+    matrices = [m.flatten(1) for m in members if m is not None]
     tall = [m.size(0) > m.size(1) for m in matrices]
     wide = [m.mT if t else m for m, t in zip(matrices, tall, strict=True)]
     stack = torch.empty((len(wide), *wide[0].shape), dtype=work_dtype(wide[0], norm.polar), device=wide[0].device)

@@ -34,7 +34,7 @@ def shared_by(ranks: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
     if not (dist.is_available() and dist.is_initialized()):
         return None
     ranks = ranks or dist.group.WORLD
-    return ranks if ranks.size() > 1 else None
+    return ranks if ranks is not None and ranks.size() > 1 else None
 
 
 def sharded_along(param: DTensor) -> tuple[int, int] | None:
@@ -194,7 +194,7 @@ class Sharded(Alone):
         me, mine = self._ranks.rank(), self._members[self._ranks.rank()]
         sent = [sum(self._shape(i, me).numel() for i in members) for members in self._members]
         got = [sum(self._shape(i, r).numel() for i in mine) for r in range(self._ranks.size())]
-        pieces = inputs()
+        pieces = [piece for piece in inputs() if piece is not None]  # every rank has its part of every member
         flat = torch.cat([pieces[i].reshape(-1) for members in self._members for i in members])
         self._travelling = _AllToAll(flat, sent, got, self._ranks)
 

@@ -81,7 +81,7 @@ class _TwoPasses(Gluon):
         Returns the parameters whose ĝ counts, and whether each had one (a missing one is 0). It does not count before the first
         gradient of a parameter, which has nothing to correct.
         """
-        counts = {}
+        counts: dict[Tensor, bool] = {}
         for group in filter(self._corrects, self.param_groups):
             counted = [p for p in group["params"] if self.state[p]["steps"] > 0]
             counts |= {p: p.grad is not None for p in counted}

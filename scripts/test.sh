@@ -6,4 +6,5 @@ source scripts/setup.sh requirements-dev.txt
 export OMP_NUM_THREADS=1
 .venv/bin/python -m ruff check .
 .venv/bin/python -m ruff format --check .
+.venv/bin/python -m mypy
 exec .venv/bin/python -m pytest "$@"

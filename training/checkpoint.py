@@ -77,7 +77,7 @@ class Checkpointer:
     def _clean(self, before: float = math.inf) -> str:
         """Remove what is hidden, of steps before this one. A name for this launch."""
         for stale in self._folder.glob(".step_*"):
-            if int(_NAME.search(stale.name)[1]) < before:
+            if step_of(stale) < before:
                 shutil.rmtree(stale, ignore_errors=True)
         return uuid.uuid4().hex[:8]
 
@@ -88,7 +88,8 @@ class Checkpointer:
         params = [p for group in optimizer.param_groups for p in group["params"]]
         copied = _copies(model.state_dict(), self._ranks.first)
         weights = copied if self._ranks.first else None
-        tensors, slices, scalars = {}, set(), {}
+        tensors, slices = {}, set()
+        scalars: dict[str, dict[str, Any]] = {}
         for p in params:
             scalars[names[p]] = {}
             for key, value in optimizer.state.get(p, {}).items():
@@ -101,7 +102,7 @@ class Checkpointer:
         # Of a tensor that several ranks hold whole, the first of them writes it. (A DTensor becomes whole on rank 0.)
         held = self._ranks.gather([name for name, value in tensors.items() if not isinstance(value, DTensor)])
         earlier = {name for names_there in held[: self._ranks.rank] for name in names_there}
-        buffers = {}
+        buffers: dict[str, Tensor] = {}
         for name, value in tensors.items():
             keep = self._ranks.first if isinstance(value, DTensor) else name in slices or name not in earlier
             buffers |= _copies({name: value}, keep)
@@ -173,23 +174,26 @@ class Checkpointer:
 
     def _report(self, step: int, sums: dict[str, str]) -> None:
         """Tell rank 0 the checksums of this rank's files, or what went wrong."""
+        store = self._ranks.store
+        assert store is not None
         try:
-            self._ranks.store.set(self._key(step, self._ranks.rank), json.dumps(sums))
+            store.set(self._key(step, self._ranks.rank), json.dumps(sums))
         except RuntimeError as error:  # the store has gone, and rank 0 with it
             self._error = _reason(error)
 
     def _collect(self, step: int) -> dict[str, str]:
         """The checksums of the other ranks' files, when all have told theirs."""
         sums: dict[str, str] = {}
-        deadline = time.monotonic() + _WAIT_SECONDS
+        store, deadline = self._ranks.store, time.monotonic() + _WAIT_SECONDS
         for rank in range(1, self._ranks.size):
+            assert store is not None
             key = self._key(step, rank)
-            while not self._ranks.store.check([key]):
+            while not store.check([key]):
                 if time.monotonic() > deadline:
                     raise UserError(f"rank {rank} did not write its part within {_WAIT_SECONDS:.0f} s")
                 time.sleep(0.01)
-            sums |= json.loads(self._ranks.store.get(key))
-            self._ranks.store.delete_key(key)
+            sums |= json.loads(store.get(key))
+            store.delete_key(key)
             if "error" in sums:
                 raise UserError(sums["error"])
         return sums
@@ -202,7 +206,9 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 def step_of(checkpoint: Path) -> int:
     """The step that a checkpoint's folder is named after."""
-    return int(_NAME.fullmatch(checkpoint.name)[1])
+    match = _NAME.search(checkpoint.name)
+    assert match is not None
+    return int(match[1])
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

@@ -182,7 +182,7 @@ def _parser() -> _Parser:
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=120),
     )
     parser.add_argument("--config", action="append", metavar="FILE", help="a Python file of options; it is executed")
-    group = None
+    group: Any = None
     for opt in OPTIONS.values():
         if "group" in opt.metadata:
             group = parser.add_argument_group(opt.metadata["group"])

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from common.errors import UserError, say
 from data.loader import BatchLoader
@@ -47,7 +48,7 @@ class FiniteGuard:
     def look(self, loss: Tensor) -> None:
         """At the end of a pass: note whether the loss and the gradients in `.grad` are finite."""
         # A sum is not finite where one of its terms is not. (That terms around 1e38 overflow it is as bad.)
-        sums = [p.grad.sum() for p in self._model.parameters()]
+        sums = [p.grad.sum() for p in self._model.parameters()]  # type: ignore[union-attr]  # all are used
         bad = ~torch.stack([loss.to(sums[0].dtype), *sums]).isfinite()
         # The lowest rank where it is so, as a number that is larger for lower ranks: 0 is nowhere.
         flags = self._ranks.largest(bad.int() * (self._ranks.size - self._ranks.rank))
@@ -58,10 +59,11 @@ class FiniteGuard:
     @contextmanager
     def step(self, step: int) -> Iterator[None]:
         """Around the optimizer's step. A step that is skipped ends early, and without an error."""
-        self._step, self._flags = step, None
+        self._begin(step)
         try:
             yield
         except NotFiniteError:
+            assert self._flags is not None
             what = self._describe(step, self._flags)
             self._optimizer.zero_grad()
             if not self._skip:
@@ -78,6 +80,9 @@ class FiniteGuard:
                 self._read()
                 self._send()
 
+    def _begin(self, step: int) -> None:
+        self._step, self._flags = step, None
+
     def settle(self, **losses: float) -> None:
         """Raise UserError where a step so far was not finite, also the last one, or where one of these losses is not."""
         self._read()
@@ -90,7 +95,7 @@ class FiniteGuard:
     def check_state(self) -> None:
         """Before a checkpoint: raise UserError where a weight or a buffer of the optimizer is not finite."""
         self.settle()
-        names = {p: name for name, p in self._model.named_parameters()}
+        names: dict[Tensor, str] = {p: name for name, p in self._model.named_parameters()}
         tensors = {f"the weights of {name}": p.detach() for p, name in names.items()}
         for p, state in self._optimizer.state.items():
             tensors |= {f"{key} of {names[p]}": value for key, value in state.items() if isinstance(value, Tensor)}
@@ -101,6 +106,7 @@ class FiniteGuard:
 
     def _send(self) -> None:
         """Start to copy this step's flags to the host."""
+        assert self._flags is not None
         host = torch.empty(self._flags.shape, dtype=self._flags.dtype, pin_memory=True)
         host.copy_(self._flags, non_blocking=True)
         arrived = torch.cuda.Event()
@@ -118,12 +124,12 @@ class FiniteGuard:
 
     def _describe(self, step: int, flags: Tensor) -> str:
         """Step, batch, rank and layer, on every rank. A collective."""
-        flags = flags.tolist()
-        bad = [name for name, flag in zip(self._names, flags, strict=True) if flag]
+        lowest = flags.tolist()
+        bad = [name for name, flag in zip(self._names, lowest, strict=True) if flag]
         # The gradient goes through the layers backwards, so the last layer that it is bad in is the first that it met.
         what = f"the gradient of {bad[-1]} is not finite"
-        if flags[0]:
-            rank = self._ranks.size - flags[0]
+        if lowest[0]:
+            rank = self._ranks.size - lowest[0]
             # What the weights did in a step that was not undone can't be seen any more.
             where = None if self._later or rank != self._ranks.rank else self._first_bad_layer(step)
             where = next((name for name in self._ranks.gather(where) if name), "the forward pass")
@@ -143,7 +149,8 @@ class FiniteGuard:
 
             hooks.append(modules[name].register_forward_hook(hook))
 
-        modules, hooks = dict(self._model.named_modules()), []
+        modules = dict(self._model.named_modules())
+        hooks: list[RemovableHandle] = []
         for name in modules:
             if name:
                 watch(name)

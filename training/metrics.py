@@ -31,11 +31,11 @@ class Metrics:
     Where the disk is full, lines wait in memory until there is room again.
     """
 
-    def __init__(self, run_dir: Path, config: Config, ranks: Ranks, keep_bytes: int) -> None:
+    def __init__(self, run_dir: Path, config: Config, ranks: Ranks, keep_bytes: int | None) -> None:
         """`keep_bytes`: how much of an existing file stays; what came after a checkpoint is written again."""
         self._file: int | None = None
         self._wandb = None
-        self._waiting, self._size = b"", keep_bytes
+        self._waiting, self._size = b"", keep_bytes or 0
         self._spikes = SpikeDetector()
         ranks.agree(lambda: self._open(run_dir, config))
 
@@ -65,6 +65,7 @@ class Metrics:
 
     def _flush(self) -> bool:
         """Write the lines that wait; a line is never left in part. Whether all are written."""
+        assert self._file is not None
         try:
             while self._waiting:
                 written = os.pwrite(self._file, self._waiting, self._size)
@@ -76,6 +77,7 @@ class Metrics:
 
     def _cut(self) -> int:
         """Take what was written of a line back into memory; the size of the lines before it."""
+        assert self._file is not None
         content = os.pread(self._file, self._size, 0)
         whole = content.rfind(b"\n") + 1
         self._waiting = content[whole:] + self._waiting

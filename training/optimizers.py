@@ -56,7 +56,7 @@ def build_optimizer(model: GPT, config: Config) -> Optimizer:
     _refuse(config, [name for name in of_embedding if name not in _accepted(kind) | of_group], kind)
     groups[1] |= of_embedding
     try:
-        return kind(groups, lr=config.lr, **options)
+        return kind(groups, lr=config.lr, **options)  # type: ignore[call-arg]  # each has its own
     except (TypeError, ValueError) as error:
         raise UserError(f"optimizer = {config.optimizer}: {' '.join(str(error).split())}") from None
 

@@ -77,7 +77,7 @@ class Ranks:
             groups = [dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)) for _ in range(2)]
         except RuntimeError as error:
             raise UserError(f"the ranks could not form a group ({_first_line(error)})") from None
-        return cls(rank, size, chosen, *groups, store)
+        return cls(rank, size, chosen, groups[0], groups[1], store)
 
     def replicate(self, model: nn.Module) -> nn.Module:
         """The model with its gradients averaged over the ranks."""
@@ -106,7 +106,8 @@ class Ranks:
         """What `act` gives on each rank; where it raises `UserError` on some, all raise that of the first of them."""
         if self.size == 1:
             return act()
-        result, failure = None, None
+        result: Any = None
+        failure = None
         try:
             result = act()
         except UserError as error:
@@ -213,7 +214,7 @@ class StopSignal:
         vote = torch.tensor([0 if self._asked is None else 1 if self._asked == signal.SIGINT else 2], dtype=torch.int32)
         if self._ranks.size > 1:
             dist.all_reduce(vote, dist.ReduceOp.MAX, group=self._ranks.host)
-        return ("", "interrupted", "preempted")[vote.item()]
+        return ("", "interrupted", "preempted")[int(vote.item())]
 
 
 def _number(name: str, least: int, below: int, default: str | None = None) -> int:
