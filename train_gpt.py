@@ -4,8 +4,8 @@
     torchrun --nproc_per_node=8 train_gpt.py --config configs/mvr1_b512.py               eight GPUs
     python train_gpt.py --help                                                           every option
 
-This file is the outline of a run: data, model, optimizer, schedule, the loop. `training/` holds what an author of an
-algorithm may skip.
+This file is the outline of a run: data, model, optimizer, schedule, the loop. You can follow an algorithm without reading
+`training/`.
 """
 
 import os
@@ -18,7 +18,7 @@ from typing import Any
 from common.errors import leave, one_line_errors
 from training.config import Config, load_config
 
-if __name__ == "__main__":  # a mistake in the options is reported before torch takes its seconds to load
+if __name__ == "__main__":  # mistakes in the options are reported before torch is imported, which takes seconds
     with one_line_errors("train_gpt"):
         CONFIG = load_config(sys.argv[1:])
 
@@ -39,13 +39,13 @@ from training.run_folder import ask_for_requeue, find_start, forget_requeue, hol
 
 
 def train(config: Config) -> Path:
-    """Start this process's place among the ranks, and run. Returns the run's folder.
+    """Join the ranks, and run. Returns the run's folder.
 
-    Also from a notebook or a program, and more than once. What a run changes in the process, it puts back: signal handlers
-    and torch's deterministic mode; its threads end. It seeds torch's global generators with `seed` and leaves them where the
-    run ended. Raises UserError for what the user can mend.
+    It can also be called from a notebook or a program, and more than once. It restores what a run changes in the process
+    (signal handlers, torch's deterministic mode) and ends its threads. It seeds torch's global generators with `seed` and
+    leaves them as they are at the end of the run. Raises UserError for a failure that the user can fix.
     """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what --deterministic needs of cuBLAS
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it for --deterministic
     ranks = Ranks.start(config.device, config.rank_timeout)
     with ExitStack() as at_end, ranks.naming_the_lost():
         run_dir = run(config, ranks, at_end)
@@ -85,7 +85,7 @@ def run(config: Config, ranks: Ranks, at_end: ExitStack) -> Path:
     run_dir = Path(config.results_dir) / config.run_name
     lock = lock_of(run_dir)
     source, state = ranks.agree(lambda: find_start(run_dir, config))
-    last_gradient = None  # what MuonMVR compares with, if that takes a pass of its own
+    last_gradient = None  # the gradient that MuonMVR compares with, if it needs an extra pass
     if config.compare_with != "last_step":
         last_gradient = LastGradient(optimizer, config.compare_with, loader, lambda *batch: gradients(*batch))
     warm_up(net, (micro, config.seq_len) if compiled is not model else (1, 1), ranks, autocast)
@@ -137,7 +137,7 @@ def run(config: Config, ranks: Ranks, at_end: ExitStack) -> Path:
         record(updates(), val_loss=validate(model, compiled, val_stream, micro, config, ranks, autocast))
         clock.start()
 
-    def evaluate_where_due() -> None:
+    def evaluate_if_due() -> None:
         if updates() % config.val_every == 0 and position.validated != updates() < config.steps:
             evaluate()
 
@@ -149,7 +149,7 @@ def run(config: Config, ranks: Ranks, at_end: ExitStack) -> Path:
         clock.start()
 
     def gradients(inputs: Tensor, targets: Tensor) -> Tensor:
-        """One pass: leave the batch's gradient in `.grad`. Returns the mean loss of this rank's sequences."""
+        """One pass: leaves the batch's gradient in `.grad`. Returns the mean loss of this rank's sequences."""
         optimizer.zero_grad()
         position.evaluated += ranks.size * len(inputs)
         micro_batches = list(zip(inputs.split(micro), targets.split(micro), strict=True))
@@ -164,13 +164,13 @@ def run(config: Config, ranks: Ranks, at_end: ExitStack) -> Path:
         return total
 
     clock.start()
-    evaluate_where_due()  # at the start, and where a finished run is extended
+    evaluate_if_due()  # at the start, and when a finished run is extended
     stopped = ""
     for step in range(start, config.steps):
         set_schedule(step)
         batch = loader.batch(step)
         before, loss = updates(), None
-        with finite.step(step):  # with --on-nan skip, a step that is not finite ends here, without a loss
+        with finite.step(step):  # with --on-nan skip, a step that is not finite ends early and has no loss
             if last_gradient is not None:
                 last_gradient.record(step, batch)
             loss = optimizer.step(partial(gradients, *batch))
@@ -179,7 +179,7 @@ def run(config: Config, ranks: Ranks, at_end: ExitStack) -> Path:
 
         if loss is not None and at % config.log_every == 0:
             record(at, train_loss=ranks.mean(loss).item())
-        evaluate_where_due()
+        evaluate_if_due()
         progress.step()
         stopped = stop.agreed()
         if stopped or step + 1 == config.steps or (config.checkpoint_every and (step + 1) % config.checkpoint_every == 0):
@@ -211,8 +211,9 @@ def run(config: Config, ranks: Ranks, at_end: ExitStack) -> Path:
 def warm_up(net: nn.Module, shape: tuple[int, int], ranks: Ranks, autocast: torch.autocast) -> None:
     """Two passes on zeros, whose gradients are dropped.
 
-    DDP changes the layout of its buckets after its first reduction, and another layout sums in another order. After this, a
-    resumed run sums in the order of one that was never stopped. It also takes compilation out of the first step's time.
+    DDP changes the layout of its buckets after its first reduction, and the layout sets the order of summation. After these
+    passes a resumed run sums in the same order as one that was never stopped. They also compile the model before the clock
+    starts.
     """
     tokens = torch.zeros(shape, dtype=torch.int64, device=ranks.device)
     for _ in range(2):
@@ -241,14 +242,14 @@ def validate(
         tokens = (tokens.pin_memory() if ranks.device.type == "cuda" else tokens).to(
             ranks.device, torch.int64, non_blocking=True
         )
-        net = compiled if len(rows) == micro else model  # a smaller last batch is not worth a compilation of its own
+        net = compiled if len(rows) == micro else model  # a smaller last batch is not worth compiling for
         with autocast:
             total += net(tokens[:, :-1], tokens[:, 1:]).double() * len(rows)
     return (ranks.total(total) / sequences).item()
 
 
 def whole(number: float) -> int | float:
-    """3.0 as 3, for those who read the metrics; 2.5 as it is."""
+    """3.0 becomes 3, which reads better in the metrics; 2.5 stays."""
     return int(number) if number.is_integer() else number
 
 

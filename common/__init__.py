@@ -1,1 +1,1 @@
-"""What data and training both stand on. Imports nothing else of this repository."""
+"""Shared by data, training and the scripts. Imports nothing else from this repository."""

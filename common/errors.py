@@ -1,4 +1,4 @@
-"""What a user can mend is a `UserError`: one line on stderr, exit code 2, no traceback."""
+"""A failure that the user can fix is a `UserError`: one line on stderr, exit code 2, no traceback."""
 
 import argparse
 import os
@@ -15,7 +15,7 @@ from typing import NoReturn
 class UserError(Exception):
     """A failure whose message says, in one line, what is wrong and what to do about it.
 
-    `everywhere`: all ranks raise it, so that rank 0 alone has to tell.
+    `everywhere`: all ranks raise it, so only rank 0 prints it.
     """
 
     exit_code = 2
@@ -26,35 +26,36 @@ class UserError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser of a script's words, for which a wrong word is a `UserError`."""
+    """An argument parser whose errors are `UserError`s."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; --help says more")
 
 
-# Of several ranks that fail, the first to claim it tells the user. Set once the ranks have met.
+# If several ranks fail, the first to claim it prints the error. Set once the ranks have met.
 claim_to_tell: Callable[[], bool] | None = None
 _GRACE_SECONDS = 2.0
 
 
 def say(text: str) -> None:
-    """Print a line. Where stdout is a file on a disk that is full, that is no reason to stop a run."""
+    """Print a line. A full disk under stdout does not stop a run."""
     with suppress(OSError):
         print(text, flush=True)
 
 
 @contextmanager
 def one_line_errors(program: str, interrupted: str = "interrupted") -> Iterator[None]:
-    """Turn what a user can mend into one line on stderr, from one rank, and exit code 2 of every rank.
+    """Turn a failure that the user can fix into one line on stderr, from one rank, and exit code 2 on every rank.
 
-    `interrupted` is what Ctrl-C says."""
+    `interrupted` is the message after Ctrl-C.
+    """
     try:
         yield
         return
     except UserError as error:
         code = error.exit_code
         _tell(f"{program}: {error}", error.everywhere)
-        if code == 2:  # all ranks are there, so a checkpoint that is being written can be finished
+        if code == 2:  # all ranks are alive, so a checkpoint in progress can be finished
             for thread in threading.enumerate():
                 if not thread.daemon and thread is not threading.current_thread():
                     thread.join()
@@ -75,9 +76,9 @@ def one_line_errors(program: str, interrupted: str = "interrupted") -> Iterator[
 def leave(code: int = 0) -> NoReturn:
     """End this process with `code`.
 
-    A rank does so without the interpreter's shutdown: ranks that leave at different times must not wait for each other in it,
-    and a thread of gloo that frees its last tensor in it aborts the process (`destroy_process_group` joins these threads only
-    where nothing else holds the group, and what torch imports late does).
+    A rank skips the interpreter's shutdown. Ranks that leave at different times must not wait for each other there, and a gloo
+    thread that frees its last tensor there aborts the process. (`destroy_process_group` joins these threads only if nothing
+    else holds the group, and modules that torch imports late do hold it.)
     """
     for stream in (sys.stdout, sys.stderr):
         try:
@@ -98,7 +99,7 @@ def _tell(line: str, everywhere: bool) -> None:
         if not claim_to_tell():
             return
     elif rank != "0":
-        # Most likely rank 0 says the same, and torchrun then ends this rank. Where it does not, this rank alone knows.
+        # Most likely rank 0 reports the same, and torchrun then ends this rank. If not, only this rank knows.
         signal.signal(signal.SIGTERM, lambda *_: os._exit(2))
         time.sleep(_GRACE_SECONDS)
     print(line if rank == "0" else f"{line} (rank {rank})", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Files that are complete or absent."""
 
 import os
 import tempfile
@@ -7,13 +7,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-_UMASK = os.umask(0o022)  # it can only be read by setting it, which threads must not do to each other
+_UMASK = os.umask(0o022)  # it can only be read by setting it, which is not safe with several threads
 os.umask(_UMASK)
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A binary file that appears under `path`, whole and on disk, when the block ends; never if it raises."""
+    """A binary file that appears at `path`, complete and on disk, when the block ends. If the block raises, nothing appears."""
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
         with os.fdopen(descriptor, "wb") as file:

@@ -1,4 +1,4 @@
-"""JSON that every reader accepts: it has no infinity and no NaN."""
+"""JSON that every reader accepts: without infinity and NaN."""
 
 import dataclasses
 import math

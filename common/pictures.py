@@ -1,10 +1,10 @@
-"""One look for all pictures."""
+"""One style for all plots."""
 
 from typing import Any
 
 from common.errors import UserError
 
-# Okabe and Ito's colours, told apart by colour-blind readers too (without yellow, which is too pale for a line).
+# Okabe and Ito's colours, which colour-blind readers can tell apart (without yellow, which is too pale for a line).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", ":", "-.")
 INK = "#333333"
@@ -16,7 +16,7 @@ LOOK = {
 
 
 def pyplot() -> Any:
-    """matplotlib.pyplot without a window. Raises UserError where matplotlib is not installed."""
+    """matplotlib.pyplot without a window. Raises UserError if matplotlib is not installed."""
     try:
         import matplotlib
     except ImportError:

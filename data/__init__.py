@@ -1,1 +1,1 @@
-"""Tokens on disk: the shard format, the loader, and what makes shards (hub, text files, the embedded text)."""
+"""Tokens on disk: the shard format, the loader, and the sources of shards (FineWeb, text files, the embedded text)."""

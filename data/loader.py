@@ -1,4 +1,4 @@
-"""From shards to batches: the same global stream for every world size, positioned by the number of the step alone."""
+"""From shards to batches. Every world size reads the same global stream; the step number alone gives the position."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class TokenStream:
         self.data_dir, self.split = Path(data_dir), split
         self.vocab_size: int | None = manifest.vocab_size if manifest else None
         self._shards = [open_shard(path) for path in self.paths]
-        self._starts = [0]  # of each shard in the stream, and the end of the last
+        self._starts = [0]  # where each shard starts in the stream, and the end of the last
         for shard in self._shards:
             self._starts.append(self._starts[-1] + len(shard))
         self.tokens: int = self._starts[-1]
@@ -53,7 +53,7 @@ class TokenStream:
 
 
 class _Prefetch:
-    """One batch that the background thread is asked for: a (2, rows, seq_len) host tensor, or what went wrong."""
+    """One batch for the background thread to prepare: a (2, rows, seq_len) host tensor, or an error."""
 
     def __init__(self, assemble: Callable[[int], Tensor], step: int) -> None:
         self.step = step
@@ -68,7 +68,7 @@ class _Prefetch:
             self.host = self.assemble(self.step)
         except BaseException as error:
             self.error = error
-        self.assemble = None  # no cycle, so that a loader that is forgotten goes at once, and its thread with it
+        self.assemble = None  # breaks a cycle, so that an unused loader and its thread are freed at once
         self.done.set()
 
     def result(self) -> Tensor:
@@ -80,7 +80,7 @@ class _Prefetch:
 
 
 def _serve(requests: queue.SimpleQueue[_Prefetch | None]) -> None:
-    """The background thread. It keeps no reference to the loader between requests, so that one can be collected."""
+    """The background thread. Between requests it keeps no reference to the loader, so the loader can be collected."""
     while (request := requests.get()) is not None:
         request.run()
         del request
@@ -89,8 +89,8 @@ def _serve(requests: queue.SimpleQueue[_Prefetch | None]) -> None:
 class BatchLoader:
     """Batch k is the sequences k·B … (k+1)·B-1; sequence j covers tokens [j·T, j·T+T], the targets shifted by one.
 
-    With `shuffle_seed` the sequences are taken in one fixed random order. Rank r gets the r-th block of each batch, so
-    the ranks together hold the same batch whatever their number. While a step trains, a thread prepares the next one.
+    With `shuffle_seed` the sequences come in one fixed random order. Rank r gets the r-th block of each batch, so the ranks
+    together hold the same batch, whatever their number. While a step trains, a thread prepares the next batch.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class BatchLoader:
         self.stream, self.batch_size, self.seq_len = stream, batch_size, seq_len
         self.rank, self.world_size, self.vocab_size = rank, world_size, vocab_size
         self.device = torch.device(device)
-        if self.device.type == "cuda" and self.device.index is None:  # the thread has a current device of its own
+        if self.device.type == "cuda" and self.device.index is None:  # the thread has its own current device
             self.device = torch.device("cuda", torch.cuda.current_device())
         self.sequences: int = (stream.tokens - 1) // seq_len
         self.steps: int = self.sequences // batch_size
@@ -154,13 +154,13 @@ class BatchLoader:
         if step + 1 < self.steps:
             self._next = _Prefetch(self._assemble, step + 1)
             self._requests.put(self._next)
-        # The pinned buffer is a fresh one each time. After a non_blocking copy torch's pinned-memory allocator gives it
-        # out again only when the copy is over, so dropping it here, with the copy still in flight, is safe.
+        # Each batch has a new pinned buffer. torch's allocator reuses its memory only after the copy has ended, so the
+        # buffer may be dropped here while the copy is in flight.
         inputs, targets = host.to(self.device, non_blocking=host.is_pinned())
         return inputs, targets
 
     def _assemble(self, step: int) -> Tensor:
-        """This rank's (inputs, targets) of a step on the host, pinned where they go to CUDA."""
+        """This rank's (inputs, targets) of a step on the host, pinned if they go to CUDA."""
         rows = self.batch_size // self.world_size
         first = step * self.batch_size + self.rank * rows
         sequences = range(first, first + rows) if self._order is None else self._order[first : first + rows]
@@ -179,7 +179,7 @@ class BatchLoader:
         tensor = torch.from_numpy(host)
         if self.device.type != "cuda":
             return tensor
-        with torch.cuda.device(self.device):  # else each rank's thread would open a context on the first GPU
+        with torch.cuda.device(self.device):  # otherwise each rank's thread opens a context on the first GPU
             return tensor.pin_memory()
 
     def close(self) -> None:

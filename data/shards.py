@@ -32,7 +32,7 @@ MANIFEST = "manifest.json"
 SPLITS = ("train", "val")
 _CHUNK_TOKENS = 1 << 22
 
-Progress = Callable[[int], object]  # is told the bytes done since the last call
+Progress = Callable[[int], object]  # called with the bytes done since the last call
 
 
 def _silent(_: int) -> None:
@@ -98,7 +98,7 @@ class ShardWriter:
         self._index = 0 if split == "val" else 1  # as in FineWeb: train counts from 1, val from 0
 
     def write(self, tokens: np.ndarray) -> None:
-        """Append tokens; a shard is written each time enough have come together."""
+        """Append tokens. A shard is written each time there are enough."""
         start = 0
         while start < len(tokens):
             chunk = tokens[start : start + self.shard_tokens - self._pending]
@@ -125,7 +125,7 @@ class ShardWriter:
 
 
 def check_shard(path: Path | str) -> int:
-    """The number of tokens of a shard whose header and size are right; a `UserError` for any other file."""
+    """The number of tokens of a shard. Raises UserError if its header or size is wrong."""
     path = Path(path)
     again = "delete it, then download or tokenize it again"
     try:
@@ -171,7 +171,7 @@ def list_shards(directory: Path | str, split: str | None = None) -> list[Path]:
 
 
 def shard_info(path: Path | str, progress: Progress = _silent) -> ShardInfo:
-    """Check a shard, then read all of it for its manifest entry."""
+    """Check a shard and read all of it. Returns its manifest entry."""
     path = Path(path)
     tokens = open_shard(path)
     with path.open("rb") as file:
@@ -197,7 +197,7 @@ def write_manifest(directory: Path | str, manifest: Manifest) -> None:
 
 
 def read_manifest(directory: Path | str) -> Manifest | None:
-    """The manifest of a data directory, None where there is none; a `UserError` where it is damaged."""
+    """The manifest of a data directory, None if there is none; raises UserError if it is damaged."""
     path = Path(directory) / MANIFEST
     try:
         raw = json.loads(path.read_bytes())
@@ -220,9 +220,10 @@ def read_manifest(directory: Path | str) -> Manifest | None:
 
 
 def check_split(directory: Path | str, split: str) -> tuple[list[Path], Manifest | None]:
-    """The shards of a split, each with a right header and size, none missing, and in agreement with the manifest.
+    """The shards of a split, and the manifest. Raises UserError if a header or size is wrong, a shard is missing, or the
+    manifest disagrees.
 
-    This is what training does before it starts: it opens each file but reads no tokens.
+    Training calls this before it starts. It opens each file but reads no tokens.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -254,7 +255,7 @@ def check_split(directory: Path | str, split: str) -> tuple[list[Path], Manifest
 
 
 def _check_numbering(directory: Path, paths: list[Path]) -> None:
-    """A hole in the numbers means that a file was lost: training would go on with the wrong tokens."""
+    """Raise UserError if a number is missing: a file was lost, and training would use the wrong tokens."""
     last: dict[str, int] = {}
     for path in paths:
         match = re.fullmatch(r"(.*_)(\d+)\.bin", path.name)
@@ -273,7 +274,7 @@ def _check_numbering(directory: Path, paths: list[Path]) -> None:
 
 
 def verify(directory: Path | str, progress: Progress = _silent) -> dict[str, tuple[ShardInfo | None, str]]:
-    """Read every shard of a directory: name → (what it holds, what is wrong with it, "" for nothing)."""
+    """Read every shard of a directory. Maps names to (the shard's entry, what is wrong with it or "")."""
     directory = Path(directory)
     manifest = read_manifest(directory)
     names = {path.name for path in list_shards(directory)} | set(manifest.files if manifest else ())

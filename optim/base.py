@@ -57,7 +57,7 @@ class LayerwiseOptimizer(Optimizer):
 
         averages     the buffers of a matrix, and the weight of the past in each
         fold         how the momentum takes in a gradient
-        lmo_input    what the LMO is taken of, if not the momentum
+        lmo_input    the input of the LMO, if it is not the momentum
         rules        the options that the subclass adds, and their allowed values
     """
 
@@ -112,7 +112,7 @@ class LayerwiseOptimizer(Optimizer):
         raise NotImplementedError
 
     def lmo_input(self, group: Group, momentum: Tensor, gradient: Tensor | None) -> Tensor:
-        """What the LMO is taken of. `gradient`: what of it is still in `.grad`."""
+        """The input of the LMO. `gradient` is None if `.grad` is gone."""
         return momentum
 
     # ---- the step ---------------------------------------------------------------------------------------------------
@@ -121,8 +121,8 @@ class LayerwiseOptimizer(Optimizer):
     def step(self, closure: Closure | None = None) -> Any:
         """Update the weights with the gradients in place, or with those that `closure` leaves. No gradient is left behind.
 
-        `closure` evaluates the whole batch, calls backward() and returns the loss, which `step` returns. Gradients that are
-        there before are dropped first, so it may zero them or not. Raises RuntimeError if it leaves no gradient at all.
+        `closure` evaluates the whole batch, calls backward() and returns the loss, which `step` returns. Older
+        gradients are dropped before it is called, so it may zero them or not. Raises RuntimeError if it leaves no gradient.
         """
         loss = self._evaluate(closure) if closure is not None else None
         self._fold_gradients()
@@ -131,7 +131,7 @@ class LayerwiseOptimizer(Optimizer):
         return loss
 
     def flush(self) -> None:
-        """Apply an update that is still pending, at the end of a run; does nothing where none ever is."""
+        """Apply the pending update, at the end of a run. Does nothing if there is none."""
         self._apply_update()
 
     @property
@@ -142,7 +142,7 @@ class LayerwiseOptimizer(Optimizer):
     # ---- the parts of a step ----------------------------------------------------------------------------------------
 
     def _evaluate(self, closure: Closure) -> Any:
-        """One pass: gradients of one batch at the present weights."""
+        """One pass: the gradients of one batch at the current weights."""
         self._drop_gradients()
         with torch.enable_grad():
             loss = closure()
@@ -157,11 +157,11 @@ class LayerwiseOptimizer(Optimizer):
     def _fold_gradients(self, corrected: dict[Tensor, bool] | None = None) -> None:
         """Fold the gradients into the momenta that this rank owns. The update that they make is then pending.
 
-        `corrected` holds the parameters whose old gradient was folded before: whether they had one.
+        `corrected` maps each parameter whose old gradient was folded before to whether it had one.
         """
         corrected = corrected or {}
         for group in self.param_groups:
-            # Members of a call have the same weight of the past, so each formula stands for all of them at once.
+            # The members of a call have the same weight of the past, so one call of the formula serves all of them.
             calls: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
             for p in group["params"]:
                 state = self.state[p]
@@ -185,7 +185,7 @@ class LayerwiseOptimizer(Optimizer):
             )
 
     def fold_new(self, group: Group, buffers: Buffers, past: dict[str, float], gradients: list[Tensor]) -> None:
-        """As `fold`, where an old gradient was folded before (see `optim.mvr`)."""
+        """As `fold`, after an old gradient was folded (see `optim.mvr`)."""
         raise NotImplementedError
 
     def _counts_as_zero(self, p: Tensor, corrected: dict[Tensor, bool]) -> bool:
@@ -309,7 +309,7 @@ class LayerwiseOptimizer(Optimizer):
         return {name: rule for c in reversed(cls.__mro__) for name, rule in vars(c).get("rules", {}).items()}
 
     def _set_up(self, process_group: dist.ProcessGroup | None) -> None:
-        """What neither a pickle nor a state dict keeps."""
+        """The part of the state that neither a pickle nor a state dict holds."""
         self._ranks = shared_by(process_group)
         self._owners = Ownership()
         self._layout_checked = False
@@ -334,7 +334,7 @@ class LayerwiseOptimizer(Optimizer):
         return {"steps": 0, "pending": False, **{f"{name}_weight": 0.0 for name, _ in self._averages(group)}}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's. Raises ValueError for what an option does not allow, and for a parameter that is there already."""
+        """As torch's. Raises ValueError for a value that an option does not allow, and for a parameter that is already here."""
         updates = self.param_groups[0]["updates"] if self.param_groups else 0
         if not isinstance(param_group["params"], Tensor | set):  # torch refuses a set
             param_group["params"] = list(param_group["params"])
@@ -390,8 +390,8 @@ class LayerwiseOptimizer(Optimizer):
             self._take_loaded()
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's, of this rank's buffers. Where this rank keeps some rows of a buffer, the state has a DTensor of them,
-        in the same memory, so that torch.distributed.checkpoint puts the rows together. Does not communicate.
+        """As torch's, with this rank's buffers. If this rank keeps some rows of a buffer, the state has a DTensor of them
+        in the same memory, so that torch.distributed.checkpoint can join the rows. Does not communicate.
         """
         state = super().state_dict()
         for i, (group, p) in enumerate(self._params()):
@@ -401,7 +401,7 @@ class LayerwiseOptimizer(Optimizer):
         return state
 
     def _keeps_rows(self, p: Tensor) -> bool:
-        """Whether this rank's buffers hold some rows of p, and other ranks' the others."""
+        """Whether this rank's buffers hold some rows of p, and other ranks hold the others."""
         shared = self._ranks is not None and not isinstance(p, DTensor)
         return shared and self._owns(p) and self._owners.owner(p) is None
 
@@ -428,7 +428,7 @@ class LayerwiseOptimizer(Optimizer):
         """Check what is to be loaded, and keep its tensors away from torch, which would cast them to the parameter's dtype."""
         groups = state_dict["param_groups"]
         if [len(g["params"]) for g in groups] != [len(g["params"]) for g in self.param_groups]:
-            return None  # torch's own message is the better one
+            return None  # torch's own message is better
         saved = [dict(state_dict["state"].get(i, {})) for g in groups for i in g["params"]]
         for (group, p), values in zip(self._params(), saved, strict=True):
             for name in self._buffer_names(group) if self._owns(p) else ():
@@ -447,7 +447,7 @@ class LayerwiseOptimizer(Optimizer):
             {name: self.state[p][name] for name in self._buffer_names(group) if self._owns(p)} for group, p in self._params()
         ]
         self._loading = list(zip(saved, buffers, strict=True))
-        # What a foreign or older group lacks stays as it is here.
+        # Options that a foreign or older group lacks keep their present values.
         filled = [
             {**{k: v for k, v in own.items() if k not in ("params", "pending", "param_names")}, "pending": (), **group}
             for own, group in zip(self.param_groups, groups, strict=True)
@@ -456,7 +456,7 @@ class LayerwiseOptimizer(Optimizer):
 
     @torch.no_grad()
     def _take_loaded(self) -> None:
-        """The loaded state, in the buffers that are there already."""
+        """Copy the loaded state into the existing buffers."""
         for (group, p), (values, buffers) in zip(self._params(), self._loading, strict=True):
             scalars = self._fresh_scalars(group)
             if "steps" not in values:  # another optimizer's momentum is a whole average
@@ -496,7 +496,7 @@ class LayerwiseOptimizer(Optimizer):
         return split(group["params"], lambda p: _norm(group, p), alone)
 
     def _ranks_of(self, group: Group, p: Tensor) -> dist.ProcessGroup | None:
-        """The ranks that share the work of p's direction; None if this rank has all that it needs."""
+        """The ranks that share the work of p's direction; None if this rank needs no other."""
         if not isinstance(p, DTensor):
             return self._ranks
         if _by_entries(group, p):
@@ -525,7 +525,7 @@ class LayerwiseOptimizer(Optimizer):
         return end > first
 
     def _own_part(self, p: Tensor, whole: Tensor) -> Tensor:
-        """What this rank owns of a tensor that is shaped like p; local."""
+        """The local part of a tensor shaped like p that this rank owns."""
         if isinstance(p, DTensor):
             return local(whole)
         if self._ranks is None or not p.ndim:
@@ -560,7 +560,7 @@ class LayerwiseOptimizer(Optimizer):
         return self._own_part(p, gradient).to(buffer_dtype(p))
 
     def _check_layout(self) -> None:
-        """Once: ranks that share the work must hold the same parameters, or they would wait for each other forever."""
+        """Check once that the ranks hold the same parameters. If they did not, they would wait for each other forever."""
         if self._layout_checked or self._ranks is None:
             return
         shapes = [(tuple(p.shape), str(p.dtype)) for _, p in self._params() if not isinstance(p, DTensor)]

@@ -14,7 +14,7 @@ from .polar import work_dtype
 # The most elements of a bucket (or one parameter). Buckets exist so that one can travel while the next is computed, and to
 # bound the memory of a step beside the momentum.
 BUCKET_ELEMENTS = 2**26
-# On a CPU without communication: what fits into its caches, and what malloc can reuse instead of faulting in fresh pages.
+# On a CPU without communication: small enough for its caches, and for malloc to reuse memory instead of mapping fresh pages.
 CPU_BUCKET_ELEMENTS = 2**18
 
 

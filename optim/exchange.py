@@ -1,6 +1,6 @@
 """Which rank owns what, and how momenta reach their owner and directions return.
 
-Replicated parameters (DDP): the ranks share the work. A matrix whose LMO needs the whole of it belongs to one rank; where the
+Replicated parameters (DDP): the ranks share the work. A matrix whose LMO needs the whole of it belongs to one rank. If the
 rule works entry by entry (sign, AdamW), each rank owns some rows. Only the owner keeps momentum. One all-gather brings the
 directions of a bucket to all ranks, which move their weights by the same numbers, so the weights stay bit-identical.
 
@@ -8,7 +8,7 @@ Sharded parameters (FSDP2: DTensor): momentum is sharded like its parameter. One
 the rank that computes the direction, and another takes the pieces of the direction back.
 
 What is sent depends on the parameter groups alone and never on which gradients a rank happens to have. So a `.grad` that is
-None on some rank makes nobody wait. Such a parameter is sent as zeros, with a flag that says whether it moves.
+None on some rank does not make another rank wait. Such a parameter is sent as zeros, with a flag that says whether it moves.
 """
 
 import math
@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
-# torch 2.13 renamed it, and warns of the old name.
+# torch 2.13 renamed it and warns about the old name.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
@@ -54,7 +54,7 @@ def sharded_along(param: DTensor) -> tuple[int, int] | None:
 
 
 def cuts(rows: int, ranks: int) -> list[int]:
-    """How many of these rows each rank holds. DTensor cuts like torch.chunk, so the last ranks may get nothing."""
+    """How many of these rows each rank holds. DTensor splits like torch.chunk, so the last ranks may get none."""
     chunk = -(-rows // ranks)
     return [max(0, min(chunk, rows - r * chunk)) for r in range(ranks)]
 
@@ -262,7 +262,7 @@ def _unpack(flat: Tensor, shapes: Sequence[torch.Size]) -> tuple[list[Tensor], T
 
 
 class _AllToAll:
-    """An all-to-all under way, which keeps its input alive until it is waited for."""
+    """An all-to-all in flight. It keeps its input alive until `wait`."""
 
     def __init__(self, flat: Tensor, sent: list[int], got: list[int], ranks: dist.ProcessGroup) -> None:
         self._got, self._output = got, flat.new_empty(sum(got))

@@ -1,5 +1,5 @@
-"""MuonMVR: Muon with variance reduction, momentum from zero and MARS's clipping, as "On the Convergence of Muon and Beyond"
-(Chang, Liu, Yuan, arXiv 2509.15816) offers it: the gradient to compare with is handed in, not evaluated by the optimizer."""
+"""MuonMVR of "On the Convergence of Muon and Beyond" (Chang, Liu, Yuan, arXiv 2509.15816): Muon with variance reduction,
+momentum from zero and MARS's clipping. The caller hands in the gradient to compare with."""
 
 from collections.abc import Iterable
 from typing import Any, ClassVar
@@ -90,7 +90,7 @@ class MuonMVR(Gluon):
     def update_last_grad(self) -> None:
         """Record the gradients that lie in `.grad` as those that the next steps compare with.
 
-        They are copied. A parameter whose `.grad` is None has nothing recorded, hence no correction.
+        They are copied. A parameter whose `.grad` is None gets no record, so it gets no correction.
         """
         for group, p in self._params():
             if group["use_muon"] and not group["is_approx"]:
@@ -140,7 +140,7 @@ class MuonMVR(Gluon):
     @torch.no_grad()
     def _fold_gradients(self, corrected: dict[Tensor, bool] | None = None) -> None:
         muon = [p for group, p in self._params() if group["use_muon"] and p.grad is not None]
-        for p in muon:  # where nothing is recorded, `last` is g itself: no correction
+        for p in muon:  # if nothing is recorded, `last` is g itself: no correction
             if not self.state[p]["recorded"]:
                 self._record(p)
         super()._fold_gradients(corrected)
@@ -162,5 +162,5 @@ class MuonMVR(Gluon):
 
 
 def _tensor(param: Any) -> Tensor:
-    """The parameter itself, where torch takes (name, parameter) too."""
+    """The parameter itself. torch takes (name, parameter) too."""
     return param[1] if isinstance(param, tuple) else param

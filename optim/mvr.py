@@ -48,7 +48,7 @@ class SingleBatchMVR(Gluon):
 
 
 class _TwoPasses(Gluon):
-    """A variant that evaluates every batch twice, so `step` needs a closure."""
+    """A variant that evaluates every batch twice. `step` needs a closure."""
 
     passes = 2
 
@@ -100,9 +100,9 @@ class _Deferred(_TwoPasses):
     def step(self, closure: Closure | None = None) -> Any:
         """One step. Returns the loss of the second pass, at the weights that the model then holds; leaves no gradient behind.
 
-        `closure` is called at the previous weights and again, with the same random state, at the new ones. The first step, and
-        one after `flush`, has no previous weights: it calls the closure once and moves nothing. Raises TypeError without a
-        closure. If the second pass raises, the momentum starts anew with the next gradient.
+        `closure` is called at the previous weights and again, with the same random state, at the new ones. The first step,
+        and the first after `flush`, has no previous weights: it calls the closure once and moves nothing. Raises TypeError
+        without a closure. If the second pass raises, the momentum starts anew with the next gradient.
         """
         closure = self._check_closure(closure)
         old_counts = self._has_pending() and self._any_corrects()
@@ -122,7 +122,7 @@ class _Deferred(_TwoPasses):
         return loss
 
     def _restart(self, corrected: dict[Tensor, bool]) -> None:
-        """Forget the momenta that hold a ĝ whose g will never come."""
+        """Restart the momenta that took in a ĝ whose g will never follow."""
         for group, p in self._params():
             if corrected.get(p, False):
                 self.state[p] |= self._fresh_scalars(group)
@@ -236,7 +236,7 @@ class PreviousBatchMVR(_TwoPasses):
         M_k = β M_{k-1} + (1-β) g_k + γβ (g_k - ∇f(X_k; ξ_{k-1}))
 
     A step is Gluon's, after which the same batch is evaluated again at the new weights. That gradient is the next step's ĝ, and
-    the momentum takes it at once: M ← M - γ ĝ. So a correction has the γ of the step before, in both of its terms.
+    it is folded at once: M ← M - γ ĝ. So both terms of a correction have the γ of the step before.
 
     Arguments: as `Gluon`, and `gamma`: γ ≥ 0.
     """

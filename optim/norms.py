@@ -21,7 +21,7 @@ SCALES = ("scion", "muon", "moonlight", "none")
 
 
 def spectral_factor(shape: torch.Size, scale: str) -> float:
-    """The size of the spectral update of a weight of this shape, by each of the rules in use.
+    """The size of the spectral update of a weight of this shape, by the rule `scale`.
 
     scion: √(d_out/d_in), over k² for a k×k convolution. muon: √max(1, d_out/d_in) (Jordan 2024).
     moonlight: 0.2·√max(d_out, d_in), which matches AdamW's update RMS (Liu et al., arXiv 2502.16982). none: 1.
@@ -37,7 +37,7 @@ def spectral_factor(shape: torch.Size, scale: str) -> float:
 
 
 class Norm:
-    """A norm ball for one parameter (or a stack of matrices, where `min_ndim` is 2: leading dimensions are a batch).
+    """A norm ball for one parameter, or, if `min_ndim` is 2, for a stack of matrices (leading dimensions are a batch).
 
     `scale` chooses the spectral norm's factor; the other norms know only Scion's ("none" makes every factor 1).
     `polar` and `steps` are those of `optim.polar.polar`.
@@ -58,7 +58,7 @@ class Norm:
         return 1.0 if self.scale == "none" else self._factor(shape)
 
     def direction(self, m: Tensor, overwrite: bool = False) -> Tensor:
-        """The maximiser of ⟨M, Z⟩ over the base ball; zero for M = 0. A new tensor, or M's where `overwrite` allows it."""
+        """The maximiser of ⟨M, Z⟩ over the base ball; zero for M = 0. A new tensor, or M's own memory with `overwrite`."""
         raise NotImplementedError
 
     def lmo(self, m: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ def _matrix(w: Tensor) -> Tensor:
 
 
 def _length(m: Tensor, dim: int | None = None) -> Tensor:
-    """The Euclidean norm along `dim`; the squares are summed in float64 where the device has it."""
+    """The Euclidean norm along `dim`; the squares are summed in float64 if the device has it."""
     wide = torch.float64 if m.device.type != "mps" else torch.float32
     return torch.linalg.vector_norm(m, dim=dim, dtype=wide).to(m.dtype)
 
@@ -138,7 +138,7 @@ class Sign(Norm):
 
 
 class ColNorm(Norm):
-    """The longest column: every input feature (token of an embedding stored as (d_model, vocabulary)) has its own ball."""
+    """Norm of the longest column: each input feature (token of an embedding stored as (d_model, vocabulary)) has its own ball."""
 
     name = "colnorm"
     min_ndim = 2
@@ -158,7 +158,7 @@ class ColNorm(Norm):
 
 
 class RowNorm(ColNorm):
-    """The longest row: every output feature (token of an embedding stored as (vocabulary, d_model)) has its own ball."""
+    """Norm of the longest row: each output feature (token of an embedding stored as (vocabulary, d_model)) has its own ball."""
 
     name = "rownorm"
     _dim = -1
@@ -192,7 +192,7 @@ class RMS(Frobenius):
 
 
 def _float(m: Tensor) -> Tensor:
-    """linalg has no bfloat16, and sums in it are coarse."""
+    """In float32 at least: linalg has no bfloat16, and sums in bfloat16 are coarse."""
     return m.to(torch.promote_types(m.dtype, torch.float32))
 
 
@@ -204,7 +204,7 @@ def get_norm(
 ) -> Norm:
     """The norm of this name for a parameter of this shape; `auto` is rms for vectors and scalars, else spectral.
 
-    Raises ValueError for an unknown name, and where the norm needs a matrix and the shape is none.
+    Raises ValueError for an unknown name, and if the norm needs a matrix and the shape is a vector's.
     """
     if name == "auto":
         name = "spectral" if len(shape) >= 2 else "rms"

@@ -2,8 +2,8 @@
 
 Two iterations of odd quintic polynomials, p(X) = aX + b(XXᵀ)X + c(XXᵀ)²X, which need nothing but batched products, and
 the SVD. The iterations push every singular value towards 1. With σ measured against ‖M‖_F, five steps bring σ ≥ 0.003 into
-0.68…1.21 (`newton_schulz`), or σ ≥ 0.001 into 0.84…1.13 (`polar_express`; eight steps to rounding), and what is smaller to
-something between; these optimizers are known to train well with that.
+0.68…1.21 (`newton_schulz`), or σ ≥ 0.001 into 0.84…1.13 (`polar_express`; eight steps are exact to rounding). Smaller values
+end up lower. These optimizers are known to train well with that.
 """
 
 import functools
@@ -25,7 +25,7 @@ COEFFICIENTS: dict[str, tuple[tuple[float, float, float], ...]] = {
         (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
         (1.875, -1.25, 0.375),
     ),
-    # Jordan: "Muon: an optimizer for hidden layers", 2024: the slope at zero made as large as it goes.
+    # Jordan: "Muon: an optimizer for hidden layers", 2024: coefficients with a large slope at zero.
     "newton_schulz": ((3.4445, -4.7750, 2.0315),) * 5,
 }
 _SAFETY = {"polar_express": 1.01, "newton_schulz": 1.0}
@@ -37,7 +37,7 @@ _SMALL_ON_CPU = 64
 
 @functools.cache
 def has_bfloat16_units(device: torch.device) -> bool:
-    """Whether the device multiplies matrices in bfloat16 faster than in float32: it has units for it, and does not emulate."""
+    """Whether the device has bfloat16 units, so that it multiplies matrices faster in bfloat16 than in float32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu" and torch.backends.mkldnn.is_available():
@@ -49,8 +49,8 @@ def has_bfloat16_units(device: torch.device) -> bool:
 def work_dtype(matrix: Tensor, method: str) -> torch.dtype:
     """The dtype that the factor of a matrix, or of a stack of them, is computed in.
 
-    float64 stays. Else bfloat16 where the device has units for it, but for the SVD and for small matrices on a CPU, which
-    gain nothing; else float32.
+    float64 stays float64. The SVD, and small matrices on a CPU, use float32. Everything else uses bfloat16 if the device has
+    units for it, and float32 if not.
     """
     if matrix.dtype == torch.float64:
         return torch.float64
@@ -59,7 +59,7 @@ def work_dtype(matrix: Tensor, method: str) -> torch.dtype:
 
 
 def normalized(x: Tensor, dim: tuple[int, ...] | int | None, safety: float = 1.0, overwrite: bool = False) -> Tensor:
-    """x over `safety` times its Euclidean norm along `dim`; zero where that is zero. In x itself where `overwrite` allows it.
+    """x divided by `safety` times its Euclidean norm along `dim`; zero if that is zero. Computed in x itself with `overwrite`.
 
     A power of two brings the entries near 1 first: float32 loses the squares of entries below 1e-19 or above 1e19.
     """
@@ -78,7 +78,7 @@ def _nonzero(divisor: Tensor) -> Tensor:
 def polar(matrix: Tensor, method: str = "polar_express", steps: int | None = None, *, overwrite: bool = False) -> Tensor:
     """The polar factor of each matrix of a stack (…, m, n); zero for a zero matrix.
 
-    The input is not modified, unless `overwrite` allows that (which saves a buffer).
+    The input is not modified, unless `overwrite` allows it (this saves a buffer).
 
     `steps` counts iterations (default 5). The result is in `work_dtype(matrix, method)`. `svd` is exact and leaves out
     directions whose singular value is zero to rounding.

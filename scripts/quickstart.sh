@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Trains Gluon and Gluon-MVR-1, -2, -3 on the embedded text, draws their validation-loss curves, and lets the best one write.
-# Everything that it needs is installed into .venv. Run it again to go on after an interruption.
+# Trains Gluon and Gluon-MVR-1, -2, -3 on the embedded text, draws their validation-loss curves, and prints text from the best one.
+# Installs what it needs into .venv. Run it again to continue after an interruption.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup.sh requirements.txt
@@ -8,12 +8,12 @@ runs="quickstart_gluon quickstart_mvr1 quickstart_mvr2 quickstart_mvr3"
 
 train() { .venv/bin/python train_gpt.py --config "configs/$1.py" --resume auto | cat; }
 
-# The small model leaves a GPU, or all but one core, idle: a GPU takes the runs one by one, a CPU two at a time.
+# On a GPU the runs go one by one; on a CPU two at a time, each on one core.
 if .venv/bin/python -c 'import torch, sys; sys.exit(not torch.cuda.is_available())'; then
   for run in $runs; do train "$run"; done
 else
   export OMP_NUM_THREADS=1
-  # The expensive ones first, so that the cheap one fills what is left of both cores.
+  # The expensive runs go first, so that the cheap one fills the remaining time.
   printf '%s\n' quickstart_mvr1 quickstart_mvr2 quickstart_mvr3 quickstart_gluon |
     xargs -P 2 -I{} bash -c 'set -o pipefail; .venv/bin/python train_gpt.py --config configs/{}.py --resume auto | cat'
 fi

@@ -1,4 +1,4 @@
-# Sourced by the other scripts, with a requirements file: makes .venv in the checkout and installs into it what is not there.
+# Sourced by the other scripts, with a requirements file: creates .venv in the checkout and installs what is missing.
 requirements=$1
 python=${PYTHON:-}
 for candidate in python3.12 python3.11 python3.13 python3; do

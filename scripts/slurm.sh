@@ -9,20 +9,19 @@
 #SBATCH --open-mode=append
 #SBATCH --signal=TERM@300
 #
-# One run on many nodes, for as long as it takes:
+# One run on many nodes, requeued until it is done:
 #
 #   sbatch --nodes=4 scripts/slurm.sh --config configs/mvr1_b512.py [--key value ...]
 #
-# 300 seconds before the job's time is over (and when it is preempted) Slurm signals the tasks. torchrun hands the signal on to
-# its ranks, which save a checkpoint, leave the marker runs/<run>/requeue and end; this script then puts the job into the queue
-# again. A rank that dies is restarted by torchrun up to RESTARTS times. --resume auto goes on in each case.
+# 300 seconds before the job's time is over (and when it is preempted) Slurm signals the tasks. torchrun passes the signal on
+# to its ranks. They save a checkpoint, leave the marker runs/<run>/requeue and end; this script then requeues the job. A rank that dies is restarted by torchrun up to RESTARTS times. --resume auto continues in each case.
 set -uo pipefail
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"
 python=${PYTHON:-.venv/bin/python}
 gpus=${SLURM_GPUS_ON_NODE:-gpu}
 restarts=${RESTARTS:-3}
 
-# Checks the options before any node starts, and says where the marker will be.
+# Check the options before any node starts, and find out where the marker will be.
 run_dir=$("$python" -c '
 import sys
 from training.config import load_config
@@ -33,7 +32,7 @@ with one_line_errors("slurm"):
 ' "$@") || exit 2
 rm -f "$run_dir/requeue"
 
-# How long the ranks have for their checkpoint after the signal: 30 s where torchrun has no such option (before torch 2.12).
+# Time for the ranks to save their checkpoint after the signal. Before torch 2.12 torchrun has no such option and gives 30 s.
 grace=()
 "$python" -m torch.distributed.run --help | grep -q -- --shutdown-timeout && grace=(--shutdown-timeout=240)
 

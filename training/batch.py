@@ -1,4 +1,4 @@
-"""The data of a run, and how many sequences of it a forward pass takes."""
+"""The data of a run, and the number of sequences in a forward pass."""
 
 import torch
 
@@ -9,16 +9,16 @@ from data.shards import list_shards
 from training.config import Config
 from training.ranks import Ranks
 
-# Bytes of activations that a layer keeps for the backward pass, per entry of its (tokens, width) input, in bfloat16: 1.02 GiB
-# for 32 sequences of 1,024 tokens at width 768. In float32 it is twice that.
+# Bytes of activations that a layer keeps for its backward pass, per entry of its (tokens, width) input, in bfloat16: 1.02 GiB
+# for 32 sequences of 1,024 tokens at width 768. Twice that in float32.
 _BYTES_PER_ENTRY = 44
 _CPU_SEQUENCES = 32
 
 
 def micro_batch_size(config: Config, rows: int, device: torch.device, bfloat16: bool) -> int:
-    """The most sequences of a forward pass: the largest divisor of a rank's `rows` that `--micro-batch-size` allows.
+    """Sequences per forward pass: the largest divisor of a rank's `rows` that `--micro-batch-size` allows.
 
-    0 asks for what the device's memory holds beside weights, gradients and momentum (on a CPU at most 32).
+    0 means as many as fit into the device's memory beside weights, gradients and momentum (at most 32 on a CPU).
     """
     most = config.micro_batch_size
     if most == 0 and device.type == "cuda":
@@ -33,9 +33,9 @@ def micro_batch_size(config: Config, rows: int, device: torch.device, bfloat16: 
 
 
 def open_data(config: Config, ranks: Ranks) -> tuple[BatchLoader, TokenStream]:
-    """The batches and the validation split. Raises UserError where the data can't be what the config asks for."""
+    """The batches and the validation split. Raises UserError if the data do not fit the config."""
     if config.text and not list_shards(config.data_dir):
-        embedded.prepare(config.data_dir)  # one process builds it, and the others wait for that one
+        embedded.prepare(config.data_dir)  # one process builds it; the others wait
     val_stream = TokenStream(config.data_dir, "val")
     loader = BatchLoader(
         TokenStream(config.data_dir, "train"), batch_size=config.batch_size, seq_len=config.seq_len, rank=ranks.rank,
@@ -47,7 +47,7 @@ def open_data(config: Config, ranks: Ranks) -> tuple[BatchLoader, TokenStream]:
 
 
 def check_tokens(config: Config, loader: BatchLoader, val_stream: TokenStream) -> None:
-    """Raise UserError where the data would wrap around, or can't be what a validation asks for."""
+    """Raise UserError if the data would wrap around, are too few for a validation, or have tokens outside the vocabulary."""
     if config.steps > loader.steps:
         need = config.steps * config.batch_size * config.seq_len + 1
         raise UserError(

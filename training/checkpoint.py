@@ -2,13 +2,13 @@
 
     runs/<run>/checkpoints/step_0001000/
         model.safetensors            the weights, from rank 0
-        optimizer-00000.safetensors  per rank, the optimizer's tensors that it alone holds, and shares of those that all hold
+        optimizer-00000.safetensors  per rank: the optimizer's tensors that this rank writes
         state.json                   the position in the run, the optimizer's scalars, and the sha256 of the files
 
 Ranks write their files into a hidden folder and send rank 0 the checksums. When it has all of them, it writes state.json and
-renames the folder, so a checkpoint is whole or not there. The checksums go through the store that the ranks met at and not
-through collectives, so a thread can write while training goes on. Any world size can load a checkpoint, and so can a model that
-FSDP2 shards (whose own checkpoints hold whole tensors, from rank 0).
+renames the folder, so a checkpoint is complete or absent. The checksums travel through the ranks' key-value store
+and not through collectives, so a thread can write while training continues. Any world size can load a checkpoint, and so
+can a model that FSDP2 shards (its own checkpoints hold whole tensors, from rank 0).
 """
 
 import hashlib
@@ -44,10 +44,10 @@ _NAME = re.compile(r"step_(\d{7,})")
 
 @dataclass
 class Position:
-    """Where a run is: what it counts, and what a checkpoint keeps of it.
+    """Where a run is: its counters, which checkpoints save.
 
     `step`: batches taken, hence the index of the next one. `evaluated`: sequences whose gradient was computed. `skipped`: steps
-    that were not finite. `validated`: the last update that was validated, -1 for none. `seconds`: of training, without
+    that were not finite. `validated`: the last update that was validated, -1 for none. `seconds`: training time without
     validation. `metrics_bytes`: the length of metrics.jsonl; None if it can't be written.
     """
 
@@ -65,17 +65,17 @@ class Position:
 
 
 class Checkpointer:
-    """Writes the checkpoints of a run in the background; keeps the newest `keep`, and those of every `keep_every` steps."""
+    """Writes the checkpoints of a run in the background. Keeps the newest `keep`, and those at multiples of `keep_every`."""
 
     def __init__(self, run_dir: Path, ranks: Ranks, keep: int, keep_every: int = 0) -> None:
         self._folder, self._ranks, self._keep, self._keep_every = run_dir / "checkpoints", ranks, keep, keep_every
         self._thread: threading.Thread | None = None
         self._error: str | None = None
-        # Tells the files of this launch from those that a killed one left half written.
+        # Distinguishes the files of this launch from half-written ones that a killed launch left.
         self._launch = ranks.agree(self._clean)
 
     def _clean(self, before: float = math.inf) -> str:
-        """Remove what is hidden, of steps before this one. A name for this launch."""
+        """Remove hidden folders of steps before `before`. Returns a name for this launch."""
         for stale in self._folder.glob(".step_*"):
             if step_of(stale) < before:
                 shutil.rmtree(stale, ignore_errors=True)
@@ -115,7 +115,7 @@ class Checkpointer:
         self._thread.start()
 
     def wait(self) -> str | None:
-        """Wait for the write under way; what went wrong with it, if anything did (and is told)."""
+        """Wait for the current write. Returns what went wrong with it, if anything, and prints it."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -130,7 +130,7 @@ class Checkpointer:
             self.wait()
 
     def finish(self) -> None:
-        """Wait for the last checkpoint. Raises UserError where it could not be written."""
+        """Wait for the last checkpoint. Raises UserError if it could not be written."""
         if error := self.wait():
             raise UserError(f"the last checkpoint could not be written ({error}); mend that, then --resume auto")
 
@@ -148,7 +148,7 @@ class Checkpointer:
             state["files"] = own | self._collect(step)
             _write_json(temporary / "state.json", state)
             final = self._folder / name
-            if final.exists():  # of an earlier life of this run; equal, or damaged
+            if final.exists():  # from an earlier launch of this run: equal, or damaged
                 _remove(final)
             os.rename(temporary, final)
             sync_directory(self._folder)
@@ -156,7 +156,7 @@ class Checkpointer:
                 if not self._keep_every or step_of(old) % self._keep_every:
                     _remove(old)
             self._clean(before=step)
-        except Exception as error:  # whatever it is, the run goes on
+        except Exception as error:  # whatever it is, the run continues
             self._error = _reason(error)
             if self._ranks.first:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -178,11 +178,11 @@ class Checkpointer:
         assert store is not None
         try:
             store.set(self._key(step, self._ranks.rank), json.dumps(sums))
-        except RuntimeError as error:  # the store has gone, and rank 0 with it
+        except RuntimeError as error:  # the store is gone, and rank 0 with it
             self._error = _reason(error)
 
     def _collect(self, step: int) -> dict[str, str]:
-        """The checksums of the other ranks' files, when all have told theirs."""
+        """Wait for the checksums of the other ranks' files."""
         sums: dict[str, str] = {}
         store, deadline = self._ranks.store, time.monotonic() + _WAIT_SECONDS
         for rank in range(1, self._ranks.size):
@@ -212,7 +212,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """state.json of a checkpoint, after its files were found whole. Raises UserError where they are not."""
+    """state.json of a checkpoint whose files are complete. Raises UserError if they are not."""
     try:
         state = json.loads((checkpoint / "state.json").read_text())
         files = state["files"]
@@ -237,7 +237,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def newest_state(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest whole checkpoint of a folder and its state; damaged ones are reported and passed over."""
+    """The newest whole checkpoint of a folder and its state; damaged ones are reported and skipped."""
     for checkpoint in list_checkpoints(folder):
         try:
             return checkpoint, read_state(checkpoint)
@@ -247,14 +247,14 @@ def newest_state(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def has_checkpoints(folder: Path) -> bool:
-    """Whether there is a checkpoint, be it whole or damaged."""
+    """Whether there is a checkpoint, whole or damaged."""
     return bool(list_checkpoints(folder))
 
 
 def load(checkpoint: Path, state: dict[str, Any], model: nn.Module, optimizer: Optimizer) -> None:
-    """Load weights and optimizer. Raises UserError where they belong to another model or another optimizer.
+    """Load weights and optimizer. Raises UserError if they belong to another model or another optimizer.
 
-    The optimizer's options stay those that it was built with; what it counts and what is pending come from the checkpoint.
+    The optimizer keeps the options that it was built with; its counters and its pending update come from the checkpoint.
     """
     try:
         weights, own = load_file(checkpoint / "model.safetensors"), model.state_dict()
@@ -283,7 +283,7 @@ def load(checkpoint: Path, state: dict[str, Any], model: nn.Module, optimizer: O
 def _load_buffers(checkpoint: Path, files: dict[str, str], states: dict[str, dict[str, Any]]) -> dict[str, dict[str, Tensor]]:
     """By parameter, the tensors of the optimizer's state, from whichever ranks' files hold them (all or some of the rows).
 
-    An optimizer that has its state already gets what this rank has of it, one that makes it in its first step gets all.
+    An optimizer that has its state already gets this rank's tensors. One that creates its state in the first step gets all.
     """
     with ExitStack() as stack:
         parts: dict[str, list[Any]] = {}
@@ -314,7 +314,7 @@ def save_weights(path: Path, model: nn.Module) -> None:
 
 
 def _copies(tensors: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
-    """Copies on the host for the ranks that keep them; of DTensors the whole, for which every rank must call."""
+    """Copies on the host, for the ranks that keep them. DTensors become whole, so every rank must call."""
     copies = {}
     for name, value in tensors.items():
         whole = value.full_tensor() if isinstance(value, DTensor) else value
@@ -324,7 +324,7 @@ def _copies(tensors: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
 
 
 def _shard_like(value: Tensor, own: Tensor | None) -> Tensor:
-    """This rank's share of a whole tensor, where its own is a DTensor."""
+    """This rank's share of a whole tensor, if its own is a DTensor."""
     if not isinstance(own, DTensor):
         return value
     return distribute_tensor(value.to(own.device), own.device_mesh, own.placements)
@@ -339,7 +339,7 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
 
 
 def _remove(checkpoint: Path) -> None:
-    """Remove a checkpoint, so that one that is removed only in part is never taken for one."""
+    """Remove a checkpoint. It is renamed first, so that a half-removed one is never taken for a checkpoint."""
     hidden = checkpoint.with_name(f".{checkpoint.name}-removed")
     shutil.rmtree(hidden, ignore_errors=True)
     os.rename(checkpoint, hidden)

@@ -1,12 +1,12 @@
 """The options of a run: their names, defaults and limits, and where their values come from.
 
 A run's options are the defaults below, then a config file (`--config configs/mvr1_b512.py`), then `--key value` on the
-command line. A config file is a Python module that assigns options (`lr = 1e-3`) and it is *executed*: it is your own
-code, so run none that you would not run as a script. As for a script, its folder can be imported from, so that one
-config may start from another (`from quickstart_gluon import *`). A name of your own starts with an underscore;
-modules, functions and classes are ignored.
+command line. A config file is a Python module that assigns options (`lr = 1e-3`) and it is *executed*: it is
+code, so use no config that you would not run as a script. It can import from its own folder, so one config may
+start from another (`from quickstart_gluon import *`). Start your own helper names with an underscore; modules, functions
+and classes are ignored.
 
-Whatever is wrong is a `UserError` of one line. Torch is not imported here, so that mistakes are told at once.
+Every mistake is a `UserError` of one line. Torch is not imported here, so mistakes are reported at once.
 """
 
 import argparse
@@ -34,7 +34,7 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 def option(default: bool | int | float | str | None, help: str, **rules: Any) -> Any:
     """A field of `Config`. Rules: `choices`, `least`, `above`, `below`, `most`, and `group`, a heading of `--help`.
 
-    `kind` is the type of an option whose default is None: the optimizer's own, or nothing.
+    `kind` is the type of an option whose default is None (the optimizer's own default, or nothing).
     """
     return field(default=default, metadata={"help": help, **rules})
 
@@ -45,16 +45,16 @@ def _kind(opt: dataclasses.Field) -> type:
 
 @dataclass(frozen=True)
 class Config:
-    """Every option of a run; its type is that of its default. Building one checks it."""
+    """Every option of a run, checked when it is built. An option has the type of its default."""
 
-    run_name: str = option("run", "folder of this run under results_dir, else the config's name", group="run")
+    run_name: str = option("run", "folder of this run under results_dir; else the config's name, or", group="run")
     results_dir: str = option("runs", "where runs are written")
     overwrite: bool = option(False, "replace an existing run of this name")
-    resume: str = option("", "a checkpoint to go on from; auto: this run's newest, if it has one")
-    seed: int = option(0, "seed of the weights and of the data's order", least=0)
+    resume: str = option("", "checkpoint to continue from; auto: the newest of this run, if there is one")
+    seed: int = option(0, "seed of the initial weights and of the data order", least=0)
 
     data_dir: str = option("data/fineweb10B", "folder of the token shards", group="data")
-    text: str = option("", "write this embedded text into data_dir first, as bytes", choices=("", "sotu"))
+    text: str = option("", "write this text into data_dir first, as bytes", choices=("", "sotu"))
     shuffle: bool = option(False, "read the sequences in a random order")
     batch_size: int = option(512, "sequences per step, over all ranks", least=1)
     seq_len: int = option(1024, "tokens per sequence", least=1)
@@ -73,12 +73,12 @@ class Config:
     gamma: float | None = option(None, "scale of the correction: mvr1, mvr3, ..._batch, muon_mvr", kind=float, least=0)
     q: float | None = option(None, "mvr2, mvr3: weight of the new gradient in the estimate", kind=float, above=0, most=1)
     weight_decay: float | None = option(None, "decoupled; 1 keeps the weights in the ball of the radius", kind=float, least=0)
-    bias_correction: bool | None = option(None, "start averages from zero, corrected; false: first gradient whole", kind=bool)
+    bias_correction: bool | None = option(None, "averages start from zero; false: from the first gradient", kind=bool)
     compare_with: str = option(
         "last_step", "muon_mvr: the gradient to compare with", choices=("last_step", "previous_batch", "previous_weights")
     )
-    optimizer_options: dict | None = option(None, "more options of the optimizer's constructor", kind=dict)  # noqa: RUF009
-    embed_options: dict | None = option(None, "the embedding's options, where they differ", kind=dict)  # noqa: RUF009
+    optimizer_options: dict | None = option(None, "further arguments of the optimizer's constructor", kind=dict)  # noqa: RUF009
+    embed_options: dict | None = option(None, "options of the embedding that differ", kind=dict)  # noqa: RUF009
     block_norm: str = option("spectral", "norm of the blocks", choices=NORMS)
     block_radius: float = option(50.0, "radius of the blocks' matrices", above=0)
     embed_norm: str = option("sign", "norm of the embedding", choices=NORMS)
@@ -90,29 +90,29 @@ class Config:
     eps: float | None = option(None, "adamw: added to the root of the variance", kind=float, above=0)
 
     steps: int = option(5100, "updates of the weights", least=1, group="schedule")
-    schedule: str = option("constant", "course of the lr", choices=("constant", "linear", "theory"))
-    warmup_steps: int = option(0, "first updates, in which the lr rises from 0", least=0)
-    warmdown_steps: int = option(1450, "linear only: last updates, in which the lr falls to 0", least=0)
+    schedule: str = option("constant", "how the lr changes", choices=("constant", "linear", "theory"))
+    warmup_steps: int = option(0, "updates at the start in which the lr rises from 0", least=0)
+    warmdown_steps: int = option(1450, "linear only: updates at the end in which the lr falls to 0", least=0)
 
     val_every: int = option(125, "updates between validations", least=1, group="evaluation")
     val_tokens: int = option(10485760, "tokens of a validation", least=1)
     log_every: int = option(10, "updates between logged training losses", least=1)
 
-    checkpoint_every: int = option(1000, "updates between them; 0: one at the end", least=0, group="checkpoints")
-    keep_checkpoints: int = option(2, "newest checkpoints that are kept", least=1)
-    keep_every: int = option(0, "keep every checkpoint at a multiple of this step too; 0: none", least=0)
+    checkpoint_every: int = option(1000, "steps between checkpoints; 0: only one at the end", least=0, group="checkpoints")
+    keep_checkpoints: int = option(2, "number of newest checkpoints to keep", least=1)
+    keep_every: int = option(0, "also keep every checkpoint at a multiple of this step; 0: none", least=0)
 
     device: str = option("auto", "where to run", choices=("auto", "cuda", "cpu", "mps"), group="machine")
     dtype: str = option(
         "auto", "precision; auto is bfloat16 on CUDA, else float32", choices=("auto", "float32", "bfloat16", "float64")
     )
     compile: str = option("auto", "torch.compile; auto is on for CUDA", choices=("auto", "on", "off"))
-    rank_timeout: int = option(600, "seconds after which a rank that does not answer ends the run", least=1, most=10**6)
-    deterministic: bool = option(False, "the same numbers again on the same machine")
-    on_nan: str = option("stop", "what to do at a loss or gradient that is not finite", choices=("stop", "skip"))
+    rank_timeout: int = option(600, "seconds to wait for a rank before the run ends", least=1, most=10**6)
+    deterministic: bool = option(False, "use deterministic kernels, so that a rerun on this machine gives the same numbers")
+    on_nan: str = option("stop", "what to do if a loss or gradient is not finite", choices=("stop", "skip"))
 
-    wandb: bool = option(False, "log to Weights & Biases too", group="logging")
-    wandb_project: str = option("gluon-mvr", "the project it logs to")
+    wandb: bool = option(False, "also log to Weights & Biases", group="logging")
+    wandb_project: str = option("gluon-mvr", "Weights & Biases project")
 
     def __post_init__(self) -> None:
         for opt in dataclasses.fields(self):
@@ -177,7 +177,7 @@ def _parser() -> _Parser:
     parser = _Parser(
         prog="train_gpt.py",
         usage="%(prog)s [--config FILE] [--option value ...]",
-        description="Train a GPT with Gluon, momentum variance reduction or AdamW. Defaults stand in [brackets].",
+        description="Train a GPT with Gluon, momentum variance reduction or AdamW. Defaults are in [brackets].",
         allow_abbrev=False,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=120),
     )
@@ -201,7 +201,7 @@ def _parser() -> _Parser:
 
 
 def _command_line(argv: list[str]) -> dict[str, Any]:
-    """The checked options that are on the command line, and "config" if it is."""
+    """The checked options on the command line, and "config" if it is given."""
     words = []
     for word in argv:  # --run_name means --run-name
         key, equals, value = word.partition("=")
@@ -226,7 +226,7 @@ def _flag(name: str) -> str:
 
 
 def _parsed(name: str, text: str) -> Any:
-    """The value that a text stands for; one that does not parse stays a text, which the check then refuses."""
+    """The value of a text. A text that does not parse stays as it is, and the check then refuses it."""
     kind = _kind(OPTIONS[name])
     if kind is bool:
         return {"true": True, "false": False}.get(text.lower(), text)
@@ -268,7 +268,7 @@ def _ignored(name: str, value: object) -> bool:
 
 
 def _nearest_file(path: str) -> str:
-    """What to write instead of a path that is not there: a name alike beside it, else among our own configs."""
+    """A hint for a missing path: a file with a similar name beside it, or among our own configs."""
     for folder in (os.path.dirname(path), os.path.relpath(CONFIGS)):
         try:
             names = sorted(name for name in os.listdir(folder or ".") if name.endswith(".py"))
@@ -358,7 +358,7 @@ def _near(word: str, names: Any) -> str:
 
 
 def _hint(word: str, names: Any) -> str:
-    """An unknown name and what to do about it."""
+    """An unknown name, and what to do about it."""
     return _shown(word) + (_near(word, names) or "; --help lists the options")
 
 
@@ -372,5 +372,5 @@ def _shown(value: object) -> str:
 
 
 def _mistake(message: str) -> UserError:
-    """The error, on one line whatever the message quotes."""
+    """The error, on one line even if the message quotes several."""
     return UserError(" ".join(message.split()))

@@ -1,7 +1,7 @@
-"""Reads what a run has written of its losses: the lines of metrics.jsonl, and curves from them.
+"""Reads the losses of a run: the lines of metrics.jsonl, and curves from them.
 
-The runs of a study are packed, one line of JSON per run. FILE.jsonl/NAME is the run NAME in such a file, and is read like a
-run's folder.
+The runs of a study are packed into one file, one line of JSON per run. FILE.jsonl/NAME is the run NAME in such a file; it is
+read like a run's folder.
 """
 
 import json
@@ -17,9 +17,9 @@ LOSSES = ("val_loss", "train_loss")
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl, as they stand there. A last line that was cut short is left out.
+    """The lines of a run's metrics.jsonl. A last line that was cut short is left out.
 
-    Raises UserError where there is no such file, or where a line is none of ours.
+    Raises UserError if there is no such file, or if a line has another form.
     """
     if (packed := _packed(run_dir)) is not None:
         return packed["metrics"]
@@ -58,8 +58,8 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 def read_packed(path: Path) -> list[dict[str, Any]]:
     """The runs in a packed file, one JSON object a line with `run` (its name), `config`, `environment` and `metrics`.
 
-    A loss that was not finite is null there, and NaN here. Raises UserError if there is no such file, or if a line is none of
-    ours.
+    A loss that was not finite is null there, and NaN here. Raises UserError if there is no such file, or if a line has another
+    form.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -108,13 +108,13 @@ def _is_number(value: object) -> bool:
 
 
 def curve(metrics: list[dict[str, Any]], loss: str = "val_loss") -> list[dict[str, Any]]:
-    """The lines that have this loss, in the order of their updates. Of an update that is there twice, the last line."""
+    """The lines that have this loss, in the order of their updates. If an update occurs twice, the last line counts."""
     found = {record["update"]: record for record in metrics if loss in record}
     return [found[update] for update in sorted(found)]
 
 
 def finite(metrics: list[dict[str, Any]], loss: str = "val_loss") -> list[dict[str, Any]]:
-    """The curve without the points where the loss is NaN or infinite."""
+    """The curve without points whose loss is NaN or infinite."""
     return [record for record in curve(metrics, loss) if math.isfinite(record[loss])]
 
 
@@ -127,7 +127,7 @@ def run_name(run_dir: Path) -> str:
 
 
 def read_config(run_dir: Path) -> dict[str, Any]:
-    """The options in a run's config.json as they stand there, unchecked; empty where there are none to read."""
+    """The options in a run's config.json unchecked; empty if there are none to read."""
     if (packed := _packed(run_dir)) is not None:
         return packed["config"]
     try:

@@ -1,12 +1,12 @@
-"""Losses and gradients that are not finite: found on any rank before they can reach a checkpoint.
+"""Finds losses and gradients that are not finite, on any rank, before they can reach a checkpoint.
 
 Every pass ends with one small vector on the device: for the loss and for the gradient of each parameter, whether it is
-finite. Where a step can still be undone (`--on-nan skip`) or where looking costs nothing (a CPU), the vector is read at
+finite. If a step can still be undone (`--on-nan skip`), or if reading costs nothing (a CPU), the vector is read at
 once and the pass raises `NotFiniteError`, which leaves the optimizer's step before it has touched weights or momentum. (In
 the second pass of MVR-1, -2 and -3 the momentum holds the old gradient already, so it starts anew with the next one.) On
 CUDA a run that would stop anyway does not wait for the device: the vector is copied to the host while the next step is
-queued, and read one step later. Whatever is written (metrics, checkpoints) is preceded by `settle`, which reads what is
-still under way.
+queued, and read one step later. Before anything is written (metrics, checkpoints), `settle` reads the
+vector that is still in flight.
 """
 
 import math
@@ -27,7 +27,7 @@ _MOST_IN_A_ROW = 20
 
 
 class NotFiniteError(Exception):
-    """Leaves a pass whose loss or gradient is not finite; raised by all ranks."""
+    """Ends a pass whose loss or gradient is not finite. All ranks raise it."""
 
 
 class FiniteGuard:
@@ -47,10 +47,10 @@ class FiniteGuard:
 
     def look(self, loss: Tensor) -> None:
         """At the end of a pass: note whether the loss and the gradients in `.grad` are finite."""
-        # A sum is not finite where one of its terms is not. (That terms around 1e38 overflow it is as bad.)
+        # A sum is not finite if one of its terms is not. (A sum that overflows, with terms around 1e38, is as bad.)
         sums = [p.grad.sum() for p in self._model.parameters()]  # type: ignore[union-attr]  # all are used
         bad = ~torch.stack([loss.to(sums[0].dtype), *sums]).isfinite()
-        # The lowest rank where it is so, as a number that is larger for lower ranks: 0 is nowhere.
+        # The lowest bad rank, as a number that is larger for lower ranks; 0: none.
         flags = self._ranks.largest(bad.int() * (self._ranks.size - self._ranks.rank))
         self._flags = flags if self._flags is None else torch.maximum(self._flags, flags)
         if not self._later and flags.any():
@@ -84,7 +84,7 @@ class FiniteGuard:
         self._step, self._flags = step, None
 
     def settle(self, **losses: float) -> None:
-        """Raise UserError where a step so far was not finite, also the last one, or where one of these losses is not."""
+        """Raise UserError if any step so far, the last one included, or one of these losses is not finite."""
         self._read()
         for name, loss in losses.items():
             if not math.isfinite(loss):
@@ -93,7 +93,7 @@ class FiniteGuard:
                 )
 
     def check_state(self) -> None:
-        """Before a checkpoint: raise UserError where a weight or a buffer of the optimizer is not finite."""
+        """Before a checkpoint: raise UserError if a weight or a buffer of the optimizer is not finite."""
         self.settle()
         names: dict[Tensor, str] = {p: name for name, p in self._model.named_parameters()}
         tensors = {f"the weights of {name}": p.detach() for p, name in names.items()}
@@ -114,7 +114,7 @@ class FiniteGuard:
         self._travelling = self._step, host, arrived
 
     def _read(self) -> None:
-        """Wait for the flags under way, which are those of the step before the one that is queued."""
+        """Wait for the flags in flight, which belong to the step before the queued one."""
         if self._travelling is None:
             return
         (step, flags, arrived), self._travelling = self._travelling, None
@@ -126,11 +126,11 @@ class FiniteGuard:
         """Step, batch, rank and layer, on every rank. A collective."""
         lowest = flags.tolist()
         bad = [name for name, flag in zip(self._names, lowest, strict=True) if flag]
-        # The gradient goes through the layers backwards, so the last layer that it is bad in is the first that it met.
+        # The backward pass runs from the last layer to the first, so the last bad layer in order is where it began.
         what = f"the gradient of {bad[-1]} is not finite"
         if lowest[0]:
             rank = self._ranks.size - lowest[0]
-            # What the weights did in a step that was not undone can't be seen any more.
+            # If the step was not undone, the weights that gave this loss are gone.
             where = None if self._later or rank != self._ranks.rank else self._first_bad_layer(step)
             where = next((name for name in self._ranks.gather(where) if name), "the forward pass")
             what = f"the loss is not finite, from {where} on" + (f", on rank {rank}" if self._ranks.size > 1 else "")
@@ -139,7 +139,7 @@ class FiniteGuard:
 
     @torch.no_grad()
     def _first_bad_layer(self, step: int) -> str:
-        """Evaluate this rank's share of the batch again, and see which layer is the first whose output is not finite."""
+        """Evaluate this rank's share of the batch again to find the first layer whose output is not finite."""
         found: list[str] = []
 
         def watch(name: str) -> None:

@@ -1,4 +1,4 @@
-"""The extra pass of MuonMVR: the gradient that its next step compares with, as the loops of MUON-MVR's README make it."""
+"""The extra pass of MuonMVR: it evaluates the gradient that the next step compares with, as in MUON-MVR's README."""
 
 from collections.abc import Callable
 
@@ -30,8 +30,8 @@ class LastGradient:
                 optimizer.state[p]["previous_weights"] = p.detach().clone()
 
     def record(self, step: int, batch: Batch) -> None:
-        """Before a step. The first one has nothing to compare with."""
-        previous, self._previous_batch = self._previous_batch, batch  # also where the pass below raises
+        """To be called before each step. Does nothing before the first, which has nothing to compare with."""
+        previous, self._previous_batch = self._previous_batch, batch  # even if the pass below raises
         if self._keeps_weights:
             self._at_previous_weights(step, batch)
         elif step > 0:

@@ -1,4 +1,4 @@
-"""Builds a trained model from what a run has left on disk: the run's folder, one of its checkpoints, or the weights alone."""
+"""Builds a trained model from a run's folder, one of its checkpoints, or the weights alone."""
 
 import json
 from dataclasses import dataclass
@@ -38,8 +38,8 @@ class Trained:
     def encoding(self) -> str:
         """The vocabulary that its data had: "gpt2" or "bytes".
 
-        The data's manifest says it where the data is still there, else the size of the model's vocabulary.
-        Raises UserError where neither does.
+        The data's manifest says it, if the data are still there; else the size of the model's vocabulary does.
+        Raises UserError if neither does.
         """
         data_dir = self.config.get("data_dir")
         manifest = read_manifest(data_dir) if isinstance(data_dir, str) else None
@@ -56,7 +56,7 @@ def load_trained(path: Path, device: torch.device | str = "cpu", dtype: torch.dt
     """The model at a path, ready for inference.
 
     The path is a run's folder (its final weights, else its newest checkpoint), a checkpoint's folder, or a
-    model.safetensors with its config.json or state.json beside it. Raises UserError where nothing can be loaded.
+    model.safetensors with its config.json or state.json beside it. Raises UserError if nothing can be loaded.
     """
     weights = find_weights(path)
     config = _saved_config(weights)
@@ -71,7 +71,7 @@ def load_trained(path: Path, device: torch.device | str = "cpu", dtype: torch.dt
 
 
 def find_weights(path: Path) -> Path:
-    """The model.safetensors that a path stands for. Raises UserError where there is none."""
+    """The model.safetensors that a path stands for. Raises UserError if there is none."""
     if path.is_file():
         if path.suffix != ".safetensors":
             raise UserError(f"{path} is no .safetensors file; give a run's folder, a checkpoint or a {WEIGHTS}")

@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, Weights & Biases, a progress bar."""
+"""What a run reports: metrics.jsonl, Weights & Biases, a progress bar."""
 
 import json
 import os
@@ -26,9 +26,9 @@ PEAK_FLOPS = {
 
 
 class Metrics:
-    """Appends one JSON object a line to metrics.jsonl, on rank 0, and hands it to W&B where asked.
+    """Appends one JSON object a line to metrics.jsonl, on rank 0, and sends it to W&B if asked.
 
-    Where the disk is full, lines wait in memory until there is room again.
+    If the disk is full, lines wait in memory until there is room again.
     """
 
     def __init__(self, run_dir: Path, config: Config, ranks: Ranks, keep_bytes: int | None) -> None:
@@ -52,7 +52,7 @@ class Metrics:
             self._wandb = _start_wandb(run_dir, config)
 
     def write(self, **values: Any) -> float | None:
-        """One line: update, tokens, passes, seconds, and losses; how many deviations high a loss is, if it is a spike."""
+        """Write one line: update, tokens, passes, seconds, losses. If the loss is a spike, returns its height in deviations."""
         if self._file is None:
             return None
         if spike := self._spikes.add(values.get("train_loss")):
@@ -64,7 +64,7 @@ class Metrics:
         return spike
 
     def _flush(self) -> bool:
-        """Write the lines that wait; a line is never left in part. Whether all are written."""
+        """Write the waiting lines; never leaves part of a line. Returns whether all are written."""
         assert self._file is not None
         try:
             while self._waiting:
@@ -76,7 +76,7 @@ class Metrics:
         return not self._waiting
 
     def _cut(self) -> int:
-        """Take what was written of a line back into memory; the size of the lines before it."""
+        """Take a partly written line back into memory. Returns the size of the lines before it."""
         assert self._file is not None
         content = os.pread(self._file, self._size, 0)
         whole = content.rfind(b"\n") + 1
@@ -85,7 +85,7 @@ class Metrics:
         return whole
 
     def durable_bytes(self) -> int | None:
-        """The size of metrics.jsonl, after it is safely on disk; None where it can't be."""
+        """Put metrics.jsonl safely on disk and return its size; None if it can't be."""
         if self._file is None:
             return 0
         try:
@@ -97,12 +97,12 @@ class Metrics:
         return None
 
     def finish(self) -> None:
-        """Write what still waits. Raises UserError where that can't be."""
+        """Write the waiting lines. Raises UserError if that fails."""
         if self.durable_bytes() is None:
             raise UserError("the end of metrics.jsonl can't be written; free some disk, then --resume auto")
 
     def close(self) -> None:
-        """Let go of the file and the trackers, also after an error; does nothing the second time."""
+        """Close the file and the trackers, also after an error. Does nothing the second time."""
         if self._file is not None:
             os.close(self._file)
         self._file = None
@@ -111,7 +111,7 @@ class Metrics:
 
 
 class SpikeDetector:
-    """A loss is a spike where it is far above the last ones: so many of their standard deviations above their mean."""
+    """A loss is a spike if it is more than DEVIATIONS standard deviations above the mean of the last WINDOW losses."""
 
     WINDOW, DEVIATIONS = 30, 6.0
 
@@ -119,7 +119,7 @@ class SpikeDetector:
         self._last: deque[float] = deque(maxlen=self.WINDOW)
 
     def add(self, loss: float | None) -> float | None:
-        """Take one more loss; by how many deviations it is a spike, None where it is none."""
+        """Take one more loss. Returns its height in deviations if it is a spike, else None."""
         if loss is None:
             return None
         above = None
@@ -145,10 +145,9 @@ def _start_wandb(run_dir: Path, config: Config) -> Any:
 
 
 class Clock:
-    """Seconds of training, into a run's position: stands still during validation and while a checkpoint is copied.
+    """Counts the seconds of training into a run's position. It stops during validation and while a checkpoint is copied.
 
-    The device's queue is waited for where the clock starts, stops or is read by `stop`, so that each second counts where its
-    work was done.
+    It waits for the device's queue when it starts and stops, so that every second counts for the work that it belongs to.
     """
 
     def __init__(self, position: Position, device: torch.device) -> None:
@@ -156,12 +155,12 @@ class Clock:
         self._started: float | None = None
 
     def start(self) -> None:
-        """Go on."""
+        """Start to count."""
         self._wait()
         self._started = time.perf_counter()
 
     def stop(self) -> None:
-        """Stand still."""
+        """Stop counting."""
         self._wait()
         self._position.seconds, self._started = self.seconds, None
 
@@ -177,7 +176,7 @@ class Clock:
 
 
 class Progress:
-    """A bar with loss, speed and time left on rank 0; where there is no terminal, a plain line per validation."""
+    """A bar with loss, speed and time left, on rank 0; without a terminal, a plain line per validation."""
 
     def __init__(self, config: Config, ranks: Ranks, position: Position, flops_per_token: int) -> None:
         self._config, self._first = config, ranks.first

@@ -19,7 +19,7 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {
     "gluon": Gluon, "mvr1": GluonMVR1, "mvr2": GluonMVR2, "mvr3": GluonMVR3, "single_batch": SingleBatchMVR,
     "previous_batch": PreviousBatchMVR, "muon_mvr": MuonMVR, "adamw": Gluon,
 }  # fmt: skip
-# Options that an optimizer need not have: one that the user gives is passed on, and refused if the constructor lacks it.
+# Options that not every optimizer has. One that the user gives is passed on, and refused if the constructor lacks it.
 _GIVEN = ("momentum", "gamma", "q", "weight_decay", "bias_correction", "eps")
 
 
@@ -27,7 +27,7 @@ def build_optimizer(model: GPT, config: Config) -> Optimizer:
     """The run's optimizer, with two groups: the matrices of the blocks, and the tied embedding.
 
     Optimizers with norms get each group's norm and radius, scale and polar. MuonMVR takes the blocks as matrices and the
-    embedding to AdamW. An optimizer that knows of neither gets two plain groups. `embed_options` is for the second group.
+    embedding to AdamW. Any other optimizer gets two plain groups. `embed_options` is for the second group.
     Raises UserError for an optimizer that can't be found or built.
     """
     kind = optimizer_class(config.optimizer)
@@ -87,7 +87,7 @@ def is_deferred(optimizer: Optimizer) -> bool:
 
 
 def schedule(optimizer: Optimizer, config: Config) -> Callable[[int], None]:
-    """A function that gives every group what the schedule says of a step.
+    """A function that sets every group's lr (and momentum) for a step.
 
     linear: the lr of each group rises over the warm-up and falls over the warm-down. theory: the papers' decreasing steps, with
     their momentum (Gluon: 1-β = (k+1)^(-1/2), t ∝ (k+1)^(-3/4); with two gradients a step, 1-β = t = (k+1)^(-2/3)).
@@ -117,7 +117,7 @@ def _set_lr(group: dict[str, Any], lr: float) -> None:
 
 
 def _accepted(kind: type[Optimizer]) -> set[str]:
-    """The options of a constructor. Those of ours hand on what they don't name themselves."""
+    """The options of a constructor. Ours pass on the options that they do not name."""
     names = set(inspect.signature(kind).parameters)
     if issubclass(kind, LayerwiseOptimizer) and "options" in names:
         names |= kind.option_rules().keys() | inspect.signature(LayerwiseOptimizer).parameters.keys()

@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 class LostRankError(UserError):
-    """Another rank has died or hangs: nothing that the user's options can mend, so not exit code 2."""
+    """Another rank has died or hangs. The user's options cannot fix that, so the exit code is not 2."""
 
     exit_code = 1
 
@@ -35,8 +35,8 @@ class LostRankError(UserError):
 class Ranks:
     """This process's place among the others, and its device.
 
-    `host` is a group for messages between CPUs, `roll_call` one that is used only to find out who is missing, and `store`
-    the key-value store that the ranks met at.
+    `host` is a group for messages between CPUs, `roll_call` a group that is used only to find out which rank is missing, and
+    `store` the key-value store of the ranks.
     """
 
     rank: int
@@ -88,7 +88,7 @@ class Ranks:
             return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
     def agree(self, decide: Callable[[], T]) -> T:
-        """What rank 0 decides, on every rank; a `UserError` there is raised everywhere."""
+        """Return what rank 0 decides, on every rank. Its `UserError` is raised on every rank."""
         if self.size == 1:
             return decide()
         answer: list[Any] = [None, None]
@@ -103,7 +103,7 @@ class Ranks:
         return answer[0]
 
     def together(self, act: Callable[[], T]) -> T:
-        """What `act` gives on each rank; where it raises `UserError` on some, all raise that of the first of them."""
+        """Return what `act` returns on each rank. If some ranks raise `UserError`, all raise that of the first of them."""
         if self.size == 1:
             return act()
         result: Any = None
@@ -156,7 +156,7 @@ class Ranks:
 
     @contextmanager
     def naming_the_lost(self) -> Iterator[None]:
-        """Where waiting for another rank fails, say which one does not answer."""
+        """If waiting for another rank fails, say which one does not answer."""
         try:
             yield
         except RuntimeError as error:
@@ -165,7 +165,7 @@ class Ranks:
             raise LostRankError(self._who_is_lost(error)) from None
 
     def _who_is_lost(self, error: RuntimeError) -> str:
-        lost = "another rank" if self.first else "rank 0"  # rank 0 learns all that are missing, the others only about rank 0
+        lost = "another rank" if self.first else "rank 0"  # rank 0 learns of all missing ranks, the others only of rank 0
         try:
             dist.monitored_barrier(self.roll_call, timeout=timedelta(seconds=3), wait_all_ranks=self.first)
         except RuntimeError as missing:
@@ -181,9 +181,9 @@ class Ranks:
 
 
 class StopSignal:
-    """SIGINT, SIGTERM and SIGUSR1 (as schedulers warn) ask for a stop, of which all ranks learn at the end of the same step.
+    """SIGINT, SIGTERM and SIGUSR1 (a scheduler's warning) ask for a stop. All ranks stop after the same step.
 
-    As a context. Python allows handlers in the main thread alone: in another thread, signals do what they did before.
+    A context manager. Python allows signal handlers in the main thread only; in another thread it installs none.
     """
 
     def __init__(self, ranks: Ranks) -> None:
@@ -207,9 +207,9 @@ class StopSignal:
         self._asked = signal.Signals(number)
 
     def agreed(self) -> str:
-        """Why to stop: "", "interrupted" by the user, or "preempted". To be called once a step, by every rank.
+        """Why to stop: "", "interrupted" by the user, or "preempted". Every rank must call it once a step.
 
-        The hosts wait for each other here, the devices do not: a host has only queued the step's work by now.
+        The hosts wait for each other here, the devices do not: a host has only queued the work of the step.
         """
         vote = torch.tensor([0 if self._asked is None else 1 if self._asked == signal.SIGINT else 2], dtype=torch.int32)
         if self._ranks.size > 1:
@@ -247,7 +247,7 @@ def _meet(rank: int, size: int, timeout: timedelta) -> dist.Store:
 
 
 def _check_free(port: int) -> None:
-    """Before torch tries, which would tell it in lines of its own."""
+    """Check before torch does, because torch reports it in several lines."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -258,7 +258,7 @@ def _check_free(port: int) -> None:
 
 
 def _claim(store: dist.Store) -> bool:
-    """Whether this rank is the first that wants to tell what went wrong."""
+    """Whether this rank is the first to report what went wrong."""
     try:
         return store.add("told", 1) == 1
     except RuntimeError:  # the store went with the rank that held it
@@ -266,7 +266,7 @@ def _claim(store: dist.Store) -> bool:
 
 
 def choose_device(name: str, local_rank: int = 0, local_size: int = 1) -> torch.device:
-    """The device of this name, of which "auto" takes the fastest. Raises UserError where there is none."""
+    """The device of this name; "auto" is the fastest. Raises UserError if there is none."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "cuda":
@@ -281,12 +281,12 @@ def choose_device(name: str, local_rank: int = 0, local_size: int = 1) -> torch.
     return torch.device(name)
 
 
-# How gloo's, nccl's and the store's errors can be told from others: all are RuntimeErrors.
+# Distinguishes errors of gloo, nccl and the store from others: all are RuntimeErrors.
 _COMMUNICATION = re.compile(r"gloo|NCCL|nccl|Connection (closed|reset|refused)|[Tt]imed? ?out|monitoredBarrier|TCPStore")
 
 
 def _first_line(error: BaseException) -> str:
-    """An error of torch's in a few words: without the place in its source and the stack that may follow."""
+    """A torch error in a few words, without its source location and stack."""
     text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     text = re.sub(r"^\[[^]]*\] ", "", text)
     return text[:200].rstrip(". ")

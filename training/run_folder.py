@@ -1,4 +1,4 @@
-"""The folder of a run: made once, never overwritten by accident; what ran there, and where to go on from."""
+"""The folder of a run: created once, never overwritten by accident. It records what ran, and where to continue."""
 
 import errno
 import json
@@ -25,7 +25,7 @@ REQUEUE = "requeue"
 _CONTENTS = (
     "checkpoints", "config.json", "environment.json", "code.diff", "metrics.jsonl", "model.safetensors", "wandb", REQUEUE,
 )  # fmt: skip
-# What makes a checkpoint another experiment's; other options may change on the way.
+# A checkpoint with other values of these belongs to another experiment. Other options may change when a run resumes.
 _FIXED = (
     "seed", "shuffle", "batch_size", "seq_len", "vocab_size", "n_layer", "n_head", "d_model", "optimizer", "compare_with",
     "block_norm", "embed_norm",
@@ -36,8 +36,8 @@ _VARIABLES = ("OMP_", "MKL_", "NCCL_", "CUDA_", "CUBLAS_", "TORCH_", "PYTORCH_",
 def find_start(run_dir: Path, config: Config) -> tuple[Path | None, dict[str, Any] | None]:
     """The checkpoint to start from and its state, or None. Changes nothing on disk.
 
-    Raises UserError where the folder holds a run that this one neither resumes nor may overwrite, where there is nothing
-    to resume at the path that was given, and where the checkpoint is of another experiment.
+    Raises UserError if the folder holds a run that this one neither resumes nor may overwrite, if there is nothing to resume
+    at the given path, or if the checkpoint belongs to another experiment.
     """
     try:
         found = _find(run_dir, config)
@@ -50,7 +50,7 @@ def find_start(run_dir: Path, config: Config) -> tuple[Path | None, dict[str, An
 
 
 def prepare_run(run_dir: Path, config: Config, source: Path | None, state: dict[str, Any] | None) -> None:
-    """Make the run's folder, with nothing of an older run in the way, and describe the run in it."""
+    """Create the run's folder, remove an older run from it, and describe the run in it."""
     try:
         own = source is not None and _is_in(source, run_dir)
         content = None if source is None or own else (source.parent.parent / "metrics.jsonl").read_bytes()
@@ -65,12 +65,12 @@ def prepare_run(run_dir: Path, config: Config, source: Path | None, state: dict[
 
 
 def lock_of(run_dir: Path) -> FileLock:
-    """The lock of a run's folder, not yet held. The system lets go of it when the process ends, however that is."""
+    """The lock of a run's folder, not yet held. The system releases it when the process ends, whatever the reason."""
     return FileLock(run_dir.parent / f".{run_dir.name}.lock")
 
 
 def hold(lock: FileLock, run_dir: Path) -> None:
-    """Keep other processes from writing this run. Raises UserError where one does."""
+    """Keep other processes from writing to this run. Raises UserError if one already does."""
     try:
         run_dir.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
@@ -91,7 +91,7 @@ def _is_in(checkpoint: Path, run_dir: Path) -> bool:
 
 
 def _find(run_dir: Path, config: Config) -> tuple[Path, dict[str, Any]] | None:
-    """What to resume from. None: start fresh."""
+    """The checkpoint to resume from; None to start fresh."""
     own = run_dir / "checkpoints"
     exists = run_dir.exists() and any(run_dir.iterdir())
     if exists and not _is_run(run_dir):
@@ -128,7 +128,7 @@ def _why(checkpoints: Path) -> str:
 
 
 def _is_run(folder: Path) -> bool:
-    """Whether a folder holds a run, or what a run that was killed early has left."""
+    """Whether a folder holds a run, or the remains of one that was killed early."""
     try:
         Config.from_dict(json.loads((folder / "config.json").read_text()))
         return True
@@ -141,20 +141,20 @@ def _is_ours(path: Path) -> bool:
 
 
 def _clear(run_dir: Path) -> None:
-    """Remove an older run from its folder, and nothing else that a user may have put there."""
+    """Remove an older run from its folder, but no other file that a user may have put there."""
     for path in run_dir.iterdir() if run_dir.exists() else ():
         if _is_ours(path):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def ask_for_requeue(run_dir: Path) -> None:
-    """Leave the marker on which scripts/slurm.sh puts the job into the queue again."""
+    """Leave the marker that makes scripts/slurm.sh requeue the job."""
     with suppress(OSError), atomic_file(run_dir / REQUEUE):  # a full disk must not turn a clean stop into a failure
         pass
 
 
 def forget_requeue(run_dir: Path) -> None:
-    """Remove the marker: the run goes on."""
+    """Remove the marker: the run has resumed."""
     (run_dir / REQUEUE).unlink(missing_ok=True)
 
 
@@ -176,7 +176,7 @@ def _check_metrics(checkpoint: Path, state: dict[str, Any]) -> None:
 
 
 def _describe(run_dir: Path, config: Config, step: int) -> None:
-    """The resolved config; the environment of every launch, with the step that it started from; the code's changes."""
+    """Write the resolved config, the environment of every launch with its first step, and uncommitted changes."""
     root = Path(__file__).resolve().parent.parent
     environment = {
         "step": step,
