@@ -188,12 +188,12 @@ def run(config: Config, ranks: Ranks, at_end: ExitStack) -> Path:
             break
 
     if start == config.steps:
-        progress.say(f"all {config.steps} steps were done; --steps more goes on")
+        progress.say(f"all {config.steps} steps are done; a larger --steps continues")
     ranks.together(checkpoints.finish)
     if stopped:
         if ranks.first and stopped == "preempted":
             ask_for_requeue(run_dir)
-        progress.say(f"stopped after step {position.step} of {config.steps}; --resume auto goes on from there")
+        progress.say(f"stopped after step {position.step} of {config.steps}; --resume auto continues from there")
     else:
         if deferred:
             optimizer.flush()

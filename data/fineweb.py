@@ -123,7 +123,7 @@ def _ensure(name: str, data_dir: Path, bar: tqdm[Any]) -> str:
 
 
 def _what_is_there(path: Path, bar: tqdm[Any]) -> ShardInfo | None:
-    """The manifest entry of the file under its final name; None if there is none or it is no good shard."""
+    """The manifest entry of the file under its final name; None if there is none or it is not a valid shard."""
     if not path.exists():
         return None
     try:

@@ -241,7 +241,7 @@ def find_files(paths: Iterable[Path]) -> list[Path]:
         elif not path.exists():
             raise UserError(f"{path}: no such file")
         elif path.suffix not in TEXT_SUFFIXES:
-            raise UserError(f"{path}: is none of {', '.join(TEXT_SUFFIXES)}; rename or convert it")
+            raise UserError(f"{path}: is not one of {', '.join(TEXT_SUFFIXES)}; rename or convert it")
         else:
             found[path] = None
     return list(found)
@@ -291,7 +291,7 @@ def _read_jsonl(path: Path, field: str, progress: Progress) -> Iterator[tuple[st
             try:
                 text.encode()
             except UnicodeEncodeError:
-                raise UserError(f"{place}: half a surrogate pair, which is no character; repair the line") from None
+                raise UserError(f"{place}: half a surrogate pair, which is not a character; repair the line") from None
             yield place, text
             progress(len(raw))
 

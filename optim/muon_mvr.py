@@ -150,7 +150,7 @@ class MuonMVR(Gluon):
                 self.state[p]["recorded"] = True
 
     def fold(self, group: Group, buffers: Buffers, past: dict[str, float], gradients: list[Tensor]) -> None:
-        """C ← g + γβ/(1-β) (g - last), clipped; M ← β M + (1-β) C from M = 0, hence no bias correction."""
+        """C ← g + γβ/(1-β) (g - last), clipped; M ← β M + (1-β) C from M = 0, so it needs no bias correction."""
         beta = float(group["momentum"])
         share = float(group["gamma"]) * beta / (1 - beta)
         corrected = torch._foreach_lerp(buffers["last_grad"], gradients, 1 + share)

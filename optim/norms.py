@@ -138,7 +138,7 @@ class Sign(Norm):
 
 
 class ColNorm(Norm):
-    """Norm of the longest column: each input feature (token of an embedding stored as (d_model, vocabulary)) has its own ball."""
+    """Norm of the longest column. Each input feature (token of a (d_model, vocabulary) embedding) has its own ball."""
 
     name = "colnorm"
     min_ndim = 2
@@ -158,7 +158,7 @@ class ColNorm(Norm):
 
 
 class RowNorm(ColNorm):
-    """Norm of the longest row: each output feature (token of an embedding stored as (vocabulary, d_model)) has its own ball."""
+    """Norm of the longest row. Each output feature (token of a (vocabulary, d_model) embedding) has its own ball."""
 
     name = "rownorm"
     _dim = -1

@@ -233,17 +233,19 @@ BAD_CHECKPOINTS = {
     "an unknown option": (state(lambda s: s["config"].update(momentun=1)), MVR2, "unknown option 'momentun'"),
     "a wrong option": (state(lambda s: s["config"].update(lr="fast")), MVR2, "lr must be a finite number"),
     "a config that is none": (state(lambda s: s.update(config=[])), MVR2, "must map option names to values"),
-    "the weights are a pickle": (resealed("model.safetensors", pickle.dumps(Malice())), MVR2, "is of another model"),
+    "the weights are a pickle": (resealed("model.safetensors", pickle.dumps(Malice())), MVR2, "belongs to another model"),
     "the momentum is a pickle": (resealed("optimizer-00000.safetensors", pickle.dumps(Malice())), MVR2, "another optimizer"),
-    "weights of another model": (resealed("model.safetensors", tensors(other__weight=(3, 3))), MVR2, "is of another model"),
+    "weights of another model": (
+        resealed("model.safetensors", tensors(other__weight=(3, 3))), MVR2, "belongs to another model",
+    ),
     "weights of another shape": (resealed("model.safetensors", tensors(embedding__weight=(3, 3))), MVR2, "another model"),
     "no momentum": (resealed("optimizer-00000.safetensors", tensors(x=(1,))), MVR2, "it has no momentum_buffer of"),
     "the state of another class": (
         state(lambda s: s["config"].update(optimizer="muon_mvr")), "--optimizer muon_mvr", "it has no exp_avg_sq of"
     ),
     "no groups": (state(lambda s: s["optimizer"].update(groups=[])), MVR2, "its parameter groups differ"),
-    "groups that are numbers": (state(lambda s: s["optimizer"].update(groups=[1, 2])), MVR2, "is of another optimizer"),
-    "no state of a parameter": (state(lambda s: s["optimizer"]["state"].popitem()), MVR2, "is of another optimizer"),
+    "groups that are numbers": (state(lambda s: s["optimizer"].update(groups=[1, 2])), MVR2, "belongs to another optimizer"),
+    "no state of a parameter": (state(lambda s: s["optimizer"]["state"].popitem()), MVR2, "belongs to another optimizer"),
     "metrics that were cut": (lambda c: os.truncate(c.parent.parent / "metrics.jsonl", 9), MVR2, "shorter than when"),
 }  # fmt: skip
 
@@ -260,7 +262,7 @@ def test_bad_checkpoint(refused, saved, tmp_path, case):
 def test_resume_from_a_path_that_is_none(refused, saved, tmp_path):
     assert "nowhere: there is no such checkpoint; --resume auto takes" in refused("--resume nowhere")
     Path("empty").mkdir()
-    assert "is no whole checkpoint: state.json is missing" in refused("--resume empty")
+    assert "is not a complete checkpoint: state.json is missing" in refused("--resume empty")
     Path("run/checkpoints").mkdir(parents=True)
     assert "that run has no checkpoint that can be used (there is none)" in refused("--resume run")
     Path("file").write_text("x")
@@ -350,8 +352,8 @@ def test_results_that_can_not_be_written(refused, saved, tmp_path):
 
 def test_a_run_that_is_there(refused, saved, tmp_path):
     shutil.copytree(saved, tmp_path / "results" / "run")
-    assert "exists; --resume auto goes on with it" in refused("")
-    assert "exists; --resume auto goes on with it" in refused(MVR2)
+    assert "exists; --resume auto continues it" in refused("")
+    assert "exists; --resume auto continues it" in refused(MVR2)
 
 
 # ---- the machine
@@ -447,7 +449,7 @@ COMMANDS = {
     "--n-head 5": "must be a multiple of 2 * n_head",
     "--run-name a/b": "a folder name of 1 to 200 bytes",
     "--momentum 1": "--momentum must be a finite number of at least 0 and below 1",
-    "lr 1": "belongs to no option",
+    "lr 1": "does not belong to an option",
     "--data-dir {folder}/nowhere --results-dir {folder}": "no such data directory",
     "--data-dir {data} --vocab-size 61 --steps 3 --seq-len 16 --batch-size 4 --val-tokens 512 --resume x": "no such checkpoint",
 }  # fmt: skip

@@ -51,8 +51,8 @@ def test_losses_that_are_not_finite(folder):
         (line(1).replace("64", "1" + "0" * 400), "as numbers"),
         (line(1).replace("64", "NaN"), "as numbers"),
         (line(1).replace("64", "true"), "as numbers"),
-        (line(1, val_loss="low"), "val_loss that is no number"),
-        (line(1, train_loss=None), "train_loss that is no number"),
+        (line(1, val_loss="low"), "val_loss that is not a number"),
+        (line(1, train_loss=None), "train_loss that is not a number"),
     ],
 )
 def test_what_is_refused(folder, first, said):

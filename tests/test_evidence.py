@@ -162,7 +162,7 @@ def test_a_damaged_record_is_told(tmp_path):
     path = tmp_path / "arm.jsonl"
     for text in ("no json", "[]", '{"run": "a"}', '{"run": "a", "config": {}, "metrics": [{"update": 0}]}'):
         path.write_text(text + "\n")
-        with pytest.raises(UserError, match="line 1 is no packed run"):
+        with pytest.raises(UserError, match="line 1 is not a packed run"):
             packed_records(path)
 
 

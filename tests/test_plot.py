@@ -128,7 +128,7 @@ WRONG_METRICS = [
     (['{"update": 1, "val_loss": 2.0}'], "line 1 has not all of update passes seconds"),
     (['{"update": "1", "passes": 1, "seconds": 1, "val_loss": 2.0}'], "line 1 numbers"),
     (['{"update": 1' + "0" * 400 + ', "passes": 1, "seconds": 1, "val_loss": 2.0}'], "line 1 numbers"),
-    (['{"update": 1, "tokens": 1, "passes": 1, "seconds": 1, "val_loss": "low"}'], "line 1 val_loss that is no number"),
+    (['{"update": 1, "tokens": 1, "passes": 1, "seconds": 1, "val_loss": "low"}'], "line 1 val_loss that is not a number"),
 ]
 
 

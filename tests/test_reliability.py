@@ -279,7 +279,7 @@ def test_a_number_that_is_not_finite_stops_all_ranks(trainer, undisturbed, kind,
     done = trainer.run(name, f"{MVR2} --checkpoint-every 2", ranks=ranks, patch=patch)
     assert (
         done.refusal()
-        == f"train_gpt: {says}; go on from the last checkpoint with --resume auto, and a lower --lr or --on-nan skip"
+        == f"train_gpt: {says}; continue from the last checkpoint with --resume auto, and a lower --lr or --on-nan skip"
     )
     path, state = newest_state(done.folder / "checkpoints")
     assert state["step"] == 4
@@ -601,5 +601,5 @@ def test_the_warning_of_slurm_reaches_the_ranks_through_torchrun(slurm, trainer,
     environment = gives | {"SLURM_JOB_ID": str(os.getpid())}
     done, calls = slurm(srun, *words, host="localhost", **environment)
     assert calls[-1].startswith("scontrol requeue"), done.stdout[-2000:] + done.stderr[-3000:]
-    assert "--resume auto goes on from there" in done.stdout and done.returncode == 0
+    assert "--resume auto continues from there" in done.stdout and done.returncode == 0
     assert len(list_checkpoints(folder / "checkpoints")) == 1

@@ -184,7 +184,7 @@ def test_a_finished_run_started_again_stays_the_same(uninterrupted, trainer):  #
     before = {name: digest for name, digest in content(done.folder).items() if name != "environment.json"}
     metrics = done.metrics
     again = trainer.run(done.folder.name, f"{VARIANTS['mvr2']} --log-every 2 --resume auto").ok()
-    assert "all 7 steps were done" in again.out
+    assert "all 7 steps are done" in again.out
     assert again.metrics == metrics
     after = content(done.folder)
     assert all(after[name] == digest for name, digest in before.items() if "metrics" not in name and "config" not in name)
@@ -212,7 +212,7 @@ def test_an_existing_run_is_never_overwritten(trainer):  # noqa: F811
     first = trainer.run("kept", "--steps 2").ok()
     before = content(first.folder)
     message = trainer.run("kept", "--steps 2 --seed 5").refusal()
-    assert "exists; --resume auto goes on with it, --overwrite replaces it" in message
+    assert "exists; --resume auto continues it, --overwrite replaces it" in message
     assert "seed = 0, not 5" in trainer.run("kept", "--steps 2 --seed 5 --resume auto").refusal()
     assert content(first.folder) == before
     (first.folder / "notes.txt").write_text("mine")
@@ -236,7 +236,7 @@ def test_overwrite_spares_a_folder_that_is_no_run(trainer):  # noqa: F811
     (folder / "thesis.tex").write_text("years of work")
     before = content(folder)
     for options in ("--overwrite", "--resume auto", "--resume auto --overwrite", ""):
-        assert "is no run of ours and stays as it is" in trainer.run("home", options).refusal()
+        assert "is not a run of this trainer and was left alone" in trainer.run("home", options).refusal()
     assert content(folder) == before
 
 
@@ -287,7 +287,7 @@ def test_a_signal_saves_and_ends_cleanly(trainer, long_run, number, ranks, to): 
     at = metrics.read_text().count("train_loss")
     running.signal(signal.Signals[number], to)
     stopped = running.done().ok()
-    assert "--resume auto goes on from there" in stopped.out and stopped.err == ""
+    assert "--resume auto continues from there" in stopped.out and stopped.err == ""
     (checkpoint,) = list_checkpoints(stopped.folder / "checkpoints")
     # The step that the signal came in, or the one after if it had just been counted.
     assert at <= json.loads((checkpoint / "state.json").read_text())["step"] <= at + 2

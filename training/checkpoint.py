@@ -46,8 +46,8 @@ _NAME = re.compile(r"step_(\d{7,})")
 class Position:
     """Where a run is: its counters, which checkpoints save.
 
-    `step`: batches taken, hence the index of the next one. `evaluated`: sequences whose gradient was computed. `skipped`: steps
-    that were not finite. `validated`: the last update that was validated, -1 for none. `seconds`: training time without
+    `step`: batches taken, which is the index of the next one. `evaluated`: sequences whose gradient was computed.
+    `skipped`: steps that were not finite. `validated`: the last update that was validated, -1 for none. `seconds`: training time without
     validation. `metrics_bytes`: the length of metrics.jsonl; None if it can't be written.
     """
 
@@ -82,7 +82,7 @@ class Checkpointer:
         return uuid.uuid4().hex[:8]
 
     def save(self, model: nn.Module, optimizer: Optimizer, position: Position, config: dict[str, Any]) -> None:
-        """Copy the state, and write it while training goes on. A collective."""
+        """Copy the state, and write it while training continues. A collective."""
         self.wait()
         names = {p: name for name, p in model.named_parameters()}
         params = [p for group in optimizer.param_groups for p in group["params"]]
@@ -121,7 +121,7 @@ class Checkpointer:
             self._thread = None
         error, self._error = self._error, None
         if error is not None and self._ranks.first:
-            say(f"checkpoint not written: {error}; the older ones are whole")
+            say(f"checkpoint not written: {error}; the older ones are intact")
         return error
 
     def close(self) -> None:
@@ -132,7 +132,7 @@ class Checkpointer:
     def finish(self) -> None:
         """Wait for the last checkpoint. Raises UserError if it could not be written."""
         if error := self.wait():
-            raise UserError(f"the last checkpoint could not be written ({error}); mend that, then --resume auto")
+            raise UserError(f"the last checkpoint could not be written ({error}); fix that, then use --resume auto")
 
     def _write(self, step: int, weights: dict[str, Tensor] | None, buffers: dict[str, Tensor], state: dict[str, Any]) -> None:
         name = f"step_{step:07d}"
@@ -222,14 +222,14 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
             )
         counts = [state[key] for key in ("step", "evaluated", "skipped", "validated", "metrics_bytes")]
         if state["format"] != _FORMAT or "model.safetensors" not in files or any(type(count) is not int for count in counts):
-            raise ValueError("state.json is not one of ours")
+            raise ValueError("state.json has another form")
         state["config"], state["optimizer"]["groups"], float(state["seconds"])  # are there
         for name, expected in files.items():
             with open(checkpoint / name, "rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != expected:
-                    raise UserError(f"{checkpoint / name} is damaged: its checksum is another than when it was written")
+                    raise UserError(f"{checkpoint / name} is damaged: its checksum has changed since it was written")
     except FileNotFoundError as error:
-        raise UserError(f"{checkpoint} is no whole checkpoint: {Path(error.filename).name} is missing") from None
+        raise UserError(f"{checkpoint} is not a complete checkpoint: {Path(error.filename).name} is missing") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else _reason(error)
         raise UserError(f"{checkpoint} can't be read as a checkpoint ({reason})") from None
@@ -260,13 +260,13 @@ def load(checkpoint: Path, state: dict[str, Any], model: nn.Module, optimizer: O
         weights, own = load_file(checkpoint / "model.safetensors"), model.state_dict()
         model.load_state_dict({name: _shard_like(value, own.get(name)) for name, value in weights.items()})
     except (RuntimeError, SafetensorError) as error:
-        raise UserError(f"{checkpoint} is of another model: {str(error).splitlines()[-1].strip()}") from None
+        raise UserError(f"{checkpoint} belongs to another model: {str(error).splitlines()[-1].strip()}") from None
     names = {p: name for name, p in model.named_parameters()}
     order = [names[p] for group in optimizer.param_groups for p in group["params"]]
     try:
         saved = state["optimizer"]
         if order != [name for group in saved["groups"] for name in group["params"]]:
-            raise UserError(f"{checkpoint} is of another optimizer: its parameter groups differ")
+            raise UserError(f"{checkpoint} belongs to another optimizer: its parameter groups differ")
         index = {name: i for i, name in enumerate(order)}
         groups = []
         for group, built in zip(saved["groups"], optimizer.param_groups, strict=True):
@@ -277,7 +277,7 @@ def load(checkpoint: Path, state: dict[str, Any], model: nn.Module, optimizer: O
         loaded = {i: dict(saved["state"][name]) | buffers[name] for name, i in index.items()}
         optimizer.load_state_dict({"state": loaded, "param_groups": groups})
     except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{checkpoint} is of another optimizer: {_reason(error)}") from None
+        raise UserError(f"{checkpoint} belongs to another optimizer: {_reason(error)}") from None
 
 
 def _load_buffers(checkpoint: Path, files: dict[str, str], states: dict[str, dict[str, Any]]) -> dict[str, dict[str, Tensor]]:

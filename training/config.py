@@ -210,7 +210,7 @@ def _command_line(argv: list[str]) -> dict[str, Any]:
     if unknown and unknown[0].startswith("--") and len(unknown[0]) > 2:
         raise _mistake(f"unknown option {_hint(unknown[0].partition('=')[0], ['--config', *map(_flag, OPTIONS)])}")
     if unknown:
-        raise _mistake(f"{_shown(unknown[0])} belongs to no option; write options as --key value")
+        raise _mistake(f"{_shown(unknown[0])} does not belong to an option; write options as --key value")
     given = {}
     for name, texts in vars(namespace).items():
         if texts is None:

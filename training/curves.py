@@ -50,7 +50,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         if not all(_is_number(record.get(key)) and math.isfinite(record[key]) for key in AXES):
             raise UserError(f"{path}, line {number} has not all of {', '.join(AXES)} as numbers; the file is damaged")
         if wrong := [key for key in LOSSES if key in record and not _is_number(record[key])]:
-            raise UserError(f"{path}, line {number} has a {wrong[0]} that is no number; the file is damaged")
+            raise UserError(f"{path}, line {number} has a {wrong[0]} that is not a number; the file is damaged")
         records.append(record)
     return records
 
@@ -76,7 +76,7 @@ def read_packed(path: Path) -> list[dict[str, Any]]:
         except (ValueError, KeyError, TypeError, RecursionError):
             right = False
         if not right:
-            raise UserError(f"{path}, line {number} is no packed run; the file is damaged")
+            raise UserError(f"{path}, line {number} is not a packed run; the file is damaged")
         runs.append(run)
     return runs
 

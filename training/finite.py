@@ -165,4 +165,4 @@ class FiniteGuard:
         return found[0] if found else "the head"
 
 
-_ADVICE = "go on from the last checkpoint with --resume auto, and a lower --lr or --on-nan skip"
+_ADVICE = "continue from the last checkpoint with --resume auto, and a lower --lr or --on-nan skip"

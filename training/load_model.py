@@ -66,7 +66,7 @@ def load_trained(path: Path, device: torch.device | str = "cpu", dtype: torch.dt
     except (SafetensorError, OSError) as error:
         raise UserError(f"{weights} can't be read ({' '.join(str(error).split())}); the file is damaged") from None
     except RuntimeError as error:  # names or shapes differ
-        raise UserError(f"{weights} is of another model: {str(error).splitlines()[-1].strip()}") from None
+        raise UserError(f"{weights} belongs to another model: {str(error).splitlines()[-1].strip()}") from None
     return Trained(model.to(device, dtype).eval(), config, weights)
 
 
@@ -74,7 +74,7 @@ def find_weights(path: Path) -> Path:
     """The model.safetensors that a path stands for. Raises UserError if there is none."""
     if path.is_file():
         if path.suffix != ".safetensors":
-            raise UserError(f"{path} is no .safetensors file; give a run's folder, a checkpoint or a {WEIGHTS}")
+            raise UserError(f"{path} is not a .safetensors file; give a run's folder, a checkpoint or a {WEIGHTS}")
         return path
     if not path.exists():
         raise UserError(f"{path}: there is no such run or checkpoint; give a folder such as runs/run")
@@ -85,7 +85,7 @@ def find_weights(path: Path) -> Path:
 
 
 def _saved_config(weights: Path) -> dict[str, Any]:
-    """The options of the run that the weights are of, from config.json or a checkpoint's state.json beside them."""
+    """The options of the run that made the weights, from config.json or a checkpoint's state.json beside them."""
     for name in ("config.json", "state.json"):
         path = weights.parent / name
         try:
@@ -103,6 +103,6 @@ def _saved_config(weights: Path) -> dict[str, Any]:
 
 def _sizes(config: dict[str, Any], weights: Path) -> GPTConfig:
     if missing := [name for name in _SIZES if name not in config]:
-        raise UserError(f"{weights}: the config beside it has no {missing[0]}; it is of another model")
+        raise UserError(f"{weights}: the config beside it has no {missing[0]}; it belongs to another model")
     sizes = Config.from_dict({name: config[name] for name in _SIZES}, f"{weights.parent}'s config")
     return GPTConfig(**{name: getattr(sizes, name) for name in _SIZES})

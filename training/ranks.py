@@ -171,7 +171,7 @@ class Ranks:
         except RuntimeError as missing:
             if named := re.search(r"Ranks? ([\d, ]+) failed to pass", str(missing)):
                 lost = f"rank{'s' * (',' in named[1])} {named[1].strip()}"
-        return f"{lost} died or hangs ({_first_line(error)}); --resume auto goes on from the newest checkpoint"
+        return f"{lost} died or hangs ({_first_line(error)}); --resume auto continues from the newest checkpoint"
 
     def close(self) -> None:
         """Leave the process group."""

@@ -95,7 +95,9 @@ def _find(run_dir: Path, config: Config) -> tuple[Path, dict[str, Any]] | None:
     own = run_dir / "checkpoints"
     exists = run_dir.exists() and any(run_dir.iterdir())
     if exists and not _is_run(run_dir):
-        raise UserError(f"{run_dir} is no run of ours and stays as it is; choose another --run-name or --results-dir")
+        raise UserError(
+            f"{run_dir} is not a run of this trainer and was left alone; choose another --run-name or --results-dir"
+        )
     if config.resume == "auto":
         found = newest_state(own)
         if found is None and has_checkpoints(own) and not config.overwrite:
@@ -113,7 +115,7 @@ def _find(run_dir: Path, config: Config) -> tuple[Path, dict[str, Any]] | None:
             raise UserError(f"{run_dir} holds another run; choose another --run-name, or --overwrite it")
         return found
     if exists and not config.overwrite:
-        raise UserError(f"{run_dir} exists; --resume auto goes on with it, --overwrite replaces it, --run-name names another")
+        raise UserError(f"{run_dir} exists; --resume auto continues it, --overwrite replaces it, --run-name names another")
     return None
 
 
