@@ -142,7 +142,7 @@ class GPT(nn.Module):
         """Mean cross-entropy, at least float32, over all (B, T) int64 targets; logits (B, T, V) without targets.
 
         With a cache, idx follows the tokens that the cache holds, and joins them.
-        Raises ValueError where there are more tokens than `seq_len`.
+        Raises ValueError if there are more tokens than `seq_len`.
         """
         start = cache.length if cache is not None else 0
         end = start + idx.size(1)

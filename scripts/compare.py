@@ -56,7 +56,7 @@ class Group:
 
 
 def read_run(folder: Path) -> Run:
-    """A run's options and metrics. Raises UserError where it has no finite validation loss yet."""
+    """A run's options and metrics. Raises UserError if it has no finite validation loss yet."""
     run = Run(folder, read_config(folder), read_metrics(folder))
     if not finite(run.metrics):
         raise UserError(f"{folder / 'metrics.jsonl'} has no finite val_loss yet; leave this run out until its first validation")
@@ -215,7 +215,7 @@ def _short(value: float) -> float | None:
 
 
 def write_page(out: Path, groups: list[Group], title: str, reload_seconds: float = 0) -> None:
-    """Write the page. It reloads itself where `reload_seconds` is not 0. Raises UserError where it can't be written."""
+    """Write the page. It reloads itself where `reload_seconds` is not 0. Raises UserError if it can't be written."""
     try:
         from plotly.offline import get_plotlyjs
     except ImportError:

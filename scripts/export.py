@@ -156,7 +156,7 @@ def card(trained: Trained, folder: str) -> str:
 
 
 def export(trained: Trained, out: Path) -> None:
-    """Write the export to `out`, whole or not at all. Raises UserError where that is taken."""
+    """Write the export to `out`, whole or not at all. Raises UserError if that is taken."""
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} is taken; choose another --out, or remove it")
     try:

@@ -47,8 +47,8 @@ class Position:
     """Where a run is: its counters, which checkpoints save.
 
     `step`: batches taken, which is the index of the next one. `evaluated`: sequences whose gradient was computed.
-    `skipped`: steps that were not finite. `validated`: the last update that was validated, -1 for none. `seconds`: training time without
-    validation. `metrics_bytes`: the length of metrics.jsonl; None if it can't be written.
+    `skipped`: steps that were not finite. `validated`: the last update that was validated, -1 for none. `seconds`:
+    training time without validation. `metrics_bytes`: the length of metrics.jsonl; None if it can't be written.
     """
 
     step: int = 0
