@@ -1,4 +1,4 @@
-"""AdamW at B = 512, for every parameter: a reference with settings known from elsewhere, not tuned by us."""
+"""AdamW for every parameter at B = 512: a reference. The settings are known from elsewhere and were not tuned here."""
 
 optimizer = "adamw"
 lr = 1.8e-3

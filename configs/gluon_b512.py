@@ -1,1 +1,1 @@
-"""Gluon at B = 512: the baseline of figures 1, 3 and 4. It is our defaults, so nothing is left to say."""
+"""Gluon at B = 512: the baseline of figures 1, 3 and 4. These are the trainer's defaults."""

@@ -1,3 +1,3 @@
-"""Variance reduction by the previous batch at these weights at B = 512: MUON-MVR's MVR3, two gradients a step."""
+"""PreviousBatchMVR at B = 512 (MUON-MVR's MVR3): compares with the previous batch at these weights. Two gradients a step."""
 
 optimizer = "previous_batch"

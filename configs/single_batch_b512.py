@@ -1,3 +1,3 @@
-"""Variance reduction by the last step's gradient at B = 512: MUON-MVR's MVR1, one gradient a step."""
+"""SingleBatchMVR at B = 512 (MUON-MVR's MVR1): compares with the last step's gradient. One gradient a step."""
 
 optimizer = "single_batch"
