@@ -83,7 +83,7 @@ class HubServer:
         body = whole[start:]
         etag = hashlib.sha256(whole).hexdigest() if self.sha256_etag else hashlib.sha1(whole).hexdigest()
         if fault == "wrong":
-            body = bytes(byte ^ 1 for byte in body)
+            body = body.translate(bytes(byte ^ 1 for byte in range(256)))
         if fault == "truncate":
             body = body[: len(body) // 2]
         handler.send_response(206 if start else 200)

@@ -63,8 +63,8 @@ def start(hub, directory, shards=1, **variables):
         "PYTHONPATH": str(ROOT),
         "HF_ENDPOINT": hub.url,
         "HF_HOME": str(directory.parent / "hf_home"),
-        "HF_HUB_DOWNLOAD_TIMEOUT": "1",
-        "HF_HUB_ETAG_TIMEOUT": "1",
+        "HF_HUB_DOWNLOAD_TIMEOUT": "10",
+        "HF_HUB_ETAG_TIMEOUT": "10",
         "NO_PROXY": "127.0.0.1",
         **variables,
     }
@@ -142,7 +142,8 @@ FAULTS = {
 def test_a_fault_that_passes_ends_in_a_right_file(hub, files, tmp_path, fault):
     said, resumed = FAULTS[fault]
     hub.faults[TRAIN] = fault.split(",")
-    code, _, err = run(hub, tmp_path / "d")
+    waits = {"HF_HUB_DOWNLOAD_TIMEOUT": "1"} if fault == "GET stall" else {}
+    code, _, err = run(hub, tmp_path / "d", **waits)
     assert code == 0, err
     assert said in err
     assert hub.faults[TRAIN] == [], "the fault was never met"
