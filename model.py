@@ -88,7 +88,7 @@ class LayerCache:
         self.capacity, self.length = capacity, 0
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Take those of the next tokens; return all there are."""
+        """Add those of the next tokens. Returns all."""
         if self.length == 0:
             shape = (*k.shape[:2], self.capacity, k.size(3))
             self._k, self._v = k.new_empty(shape), v.new_empty(shape)
@@ -178,7 +178,7 @@ def rotate(x_BHTd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def plain_attention(q_BHTd: Tensor, k_BHTd: Tensor, v_BHTd: Tensor) -> Tensor:
-    """Causal attention that holds all scores: in bfloat16 on a CPU, a step is a fifth faster than with the fused one."""
+    """Causal attention that holds all scores: in bfloat16 on a CPU, a step is a fifth faster than with the fused kernel."""
     q, k, v = (x.flatten(0, 1) for x in (q_BHTd, k_BHTd, v_BHTd))
     later = torch.full((q.size(1), q.size(1)), -math.inf, dtype=q.dtype, device=q.device).triu(1)
     scores = torch.baddbmm(later, q, k.mT, alpha=q.size(-1) ** -0.5)
@@ -207,7 +207,7 @@ def _chunk_rows(rows: int, vocabulary: int, device: str, compiled: bool) -> int:
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """The gradients are made in the forward pass, while a chunk's logits are there: nothing is computed twice."""
+    """Computes the gradients in the forward pass, while a chunk's logits exist, so that nothing is computed twice."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, needs_gradient: bool) -> Tensor:  # noqa: ANN001
@@ -223,11 +223,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             largest = logits.amax(dim=1, keepdim=True)
             exp = logits.sub_(largest).exp_()
             z = exp.sum(dim=1, keepdim=True)
-            # The target's logit a second time: a later look into the logits would keep a compiled chunk's in memory.
+            # Computes the target's logit again. Reading it from the logits would keep a compiled chunk's logits in memory.
             loss += (z.log() + largest).sum() - (x_c.to(wide) * weight[target_c]).sum()
             if needs_gradient:
                 probability = exp.div_(z)
-                if compiled:  # fuses, and needs no atomics; eagerly, it would be passes over all logits
+                if compiled:  # fuses without atomics; in eager mode it would pass over all logits
                     error = probability - (torch.arange(V, device=x.device) == target_c.unsqueeze(1)).to(wide)
                 else:
                     error = probability.scatter_add_(1, target_c.unsqueeze(1), torch.full_like(z, -1.0))

@@ -54,7 +54,7 @@ def train(config: Config) -> Path:
 
 
 def run(config: Config, ranks: Ranks, at_end: ExitStack) -> Path:
-    """One run, from its config to its last checkpoint. `at_end` is given what has to be put back, also after an error."""
+    """One run, from its config to its last checkpoint. `at_end` collects what has to be restored, also after an error."""
     device = ranks.device
     on_cuda = device.type == "cuda"
     torch.manual_seed(config.seed)

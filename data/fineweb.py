@@ -274,7 +274,7 @@ def _record(name: str, info: ShardInfo, data_dir: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command."""
+    """The command line."""
     parser = argparse.ArgumentParser(prog="python -m data.fineweb", description="Download FineWeb-10B in GPT-2 tokens.")
     parser.add_argument("--shards", type=int, required=True, help=f"training shards of 100M tokens, 1 to {TRAIN_SHARDS}")
     parser.add_argument("--data-dir", type=Path, default=Path("data/fineweb10B"), help="default: %(default)s")

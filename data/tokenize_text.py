@@ -324,7 +324,7 @@ def _read_parquet(path: Path, field: str, progress: Progress) -> Iterator[tuple[
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command."""
+    """The command line."""
     parser = argparse.ArgumentParser(prog="python -m data.tokenize_text", description="Turn text into token shards.")
     parser.add_argument("files", nargs="+", type=Path, help=f"{', '.join(TEXT_SUFFIXES)} files, or directories of them")
     parser.add_argument("--out", type=Path, required=True, help="the directory for the shards")

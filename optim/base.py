@@ -61,7 +61,7 @@ class LayerwiseOptimizer(Optimizer):
         rules        the options that the subclass adds, and their allowed values
     """
 
-    # The trainer asks for these. `deferred`: the update of a step is applied within the next step, and by `flush` at the end.
+    # The trainer reads these. `deferred`: the update of a step is applied within the next step, and by `flush` at the end.
     # `passes`: how many gradients a step evaluates.
     deferred: ClassVar[bool] = False
     passes: ClassVar[int] = 1
@@ -89,7 +89,7 @@ class LayerwiseOptimizer(Optimizer):
     ) -> None:
         if unknown := options.keys() - self.option_rules().keys():
             raise TypeError(f"{type(self).__name__} has no option {', '.join(sorted(unknown))}")
-        # These are options of adamw groups alone: schedulers take `betas` in `defaults` for the momentum.
+        # Only adamw groups have these options: schedulers mistake `betas` in `defaults` for the momentum.
         self._adamw = {"betas": betas, "eps": eps}
         self._set_up(process_group)
         super().__init__(params, {
@@ -112,7 +112,7 @@ class LayerwiseOptimizer(Optimizer):
         raise NotImplementedError
 
     def lmo_input(self, group: Group, momentum: Tensor, gradient: Tensor | None) -> Tensor:
-        """The input of the LMO. `gradient` is None if `.grad` is gone."""
+        """The input of the LMO. `gradient`: this rank's part of `.grad`, if it is there."""
         return momentum
 
     # ---- the step ---------------------------------------------------------------------------------------------------
@@ -261,9 +261,10 @@ class LayerwiseOptimizer(Optimizer):
                 yield Bucket(params, norm, exchange, inputs, moves, lr * radius, lr * weight_decay)
 
     def _lmo_inputs(self, group: Group, params: list[Tensor], needs_all: bool) -> list[Tensor | None]:
-        """This rank's part of the LMO's input of each parameter; None if it owns none, or if the parameter stays.
+        """This rank's part of the LMO's input of each parameter; None if it owns none, or if the parameter does not move.
 
-        `needs_all`: this rank's part of a matrix is wanted even if the matrix stays, since another rank may see a gradient.
+        `needs_all`: this rank's part of a matrix is needed even if the matrix does not move here, because another rank may have
+        a gradient.
         """
         wanted = [self._owns(p) and (needs_all or self.state[p]["pending"]) for p in params]
         if group["norm"] == "adamw":
@@ -349,7 +350,7 @@ class LayerwiseOptimizer(Optimizer):
         except Exception:
             self.param_groups.pop()
             raise
-        # `pending`: lr, radius, weight decay (and betas) of the pending update, whatever a scheduler sets before it is applied.
+        # `pending`: lr, radius, weight decay (and betas) of the pending update. Schedulers may change the group before it is applied.
         group["pending"], group["updates"] = (), updates
         self._assign_owners(group)
         for p in group["params"]:
@@ -459,7 +460,7 @@ class LayerwiseOptimizer(Optimizer):
         """Copy the loaded state into the existing buffers."""
         for (group, p), (values, buffers) in zip(self._params(), self._loading, strict=True):
             scalars = self._fresh_scalars(group)
-            if "steps" not in values:  # another optimizer's momentum is a whole average
+            if "steps" not in values:  # another optimizer's momentum counts as a full average
                 scalars |= {"steps": 1, **{f"{name}_weight": 1.0 for name, _ in self._averages(group)}}
             others = {k: v for k, v in values.items() if k not in self._buffer_names(group)}
             self.state[p] = scalars | others | buffers
@@ -538,7 +539,7 @@ class LayerwiseOptimizer(Optimizer):
         return torch.zeros_like(part, dtype=buffer_dtype(p), requires_grad=False)
 
     def _copy_buffer(self, p: Tensor, buffer: Tensor, value: Tensor) -> None:
-        """Copy a saved buffer into this one, whether either is whole, sharded or a slice."""
+        """Copy a saved buffer into this one. Each may be whole, sharded or a slice."""
         if isinstance(buffer, DTensor):
             if not isinstance(value, DTensor):
                 value = distribute_tensor(value.to(buffer.device), buffer.device_mesh, buffer.placements)
@@ -583,6 +584,6 @@ def _norm(group: Group, p: Tensor) -> Norm | None:
 
 
 def _by_entries(group: Group, p: Tensor) -> bool:
-    """Whether the direction of each entry needs that entry alone."""
+    """Whether each entry of the direction depends on the same entry of the momentum alone."""
     norm = _norm(group, p)
     return norm is None or isinstance(norm, Sign)

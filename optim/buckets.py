@@ -11,8 +11,8 @@ from .exchange import Alone, local
 from .norms import Norm, Sign, Spectral
 from .polar import work_dtype
 
-# The most elements of a bucket (or one parameter). Buckets exist so that one can travel while the next is computed, and to
-# bound the memory of a step beside the momentum.
+# Largest number of elements in a bucket of several parameters. Buckets let one travel while the next is computed, and they
+# bound the memory that a step needs in addition to the momentum.
 BUCKET_ELEMENTS = 2**26
 # On a CPU without communication: small enough for its caches, and for malloc to reuse memory instead of mapping fresh pages.
 CPU_BUCKET_ELEMENTS = 2**18

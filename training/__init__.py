@@ -1,1 +1,1 @@
-"""The parts of a run that an author of an algorithm may skip: configuration, ranks, checkpoints, metrics."""
+"""The parts of a run that you can skip to follow an algorithm: configuration, ranks, checkpoints, metrics."""

@@ -99,7 +99,7 @@ class Checkpointer:
                 tensors[f"{names[p]}/{key}"] = value
                 if isinstance(optimizer, LayerwiseOptimizer) and value.shape != p.shape:
                     slices.add(f"{names[p]}/{key}")  # some rows; others have the rest
-        # Of a tensor that several ranks hold whole, the first of them writes it. (A DTensor becomes whole on rank 0.)
+        # The first of the ranks that hold a whole tensor writes it. (A DTensor becomes whole on rank 0.)
         held = self._ranks.gather([name for name, value in tensors.items() if not isinstance(value, DTensor)])
         earlier = {name for names_there in held[: self._ranks.rank] for name in names_there}
         buffers: dict[str, Tensor] = {}
@@ -125,7 +125,7 @@ class Checkpointer:
         return error
 
     def close(self) -> None:
-        """Let the thread end. With other ranks, which may be dead, their files are not waited for."""
+        """Let the thread end. It does not wait for the files of other ranks, which may be dead."""
         if self._ranks.size == 1:
             self.wait()
 
@@ -164,7 +164,7 @@ class Checkpointer:
                 self._report(step, {"error": f"{self._error} (rank {self._ranks.rank})"})
 
     def _write_own(self, folder: Path, buffers: dict[str, Tensor]) -> dict[str, str]:
-        """Write this rank's file; its name and checksum."""
+        """Write this rank's file. Returns its name and checksum."""
         folder.mkdir(parents=True, exist_ok=True)
         name = f"optimizer-{self._ranks.rank:05d}.safetensors"
         return {name: _write_tensors(folder / name, buffers)}
@@ -281,7 +281,7 @@ def load(checkpoint: Path, state: dict[str, Any], model: nn.Module, optimizer: O
 
 
 def _load_buffers(checkpoint: Path, files: dict[str, str], states: dict[str, dict[str, Any]]) -> dict[str, dict[str, Tensor]]:
-    """By parameter, the tensors of the optimizer's state, from whichever ranks' files hold them (all or some of the rows).
+    """The tensors of the optimizer's state by parameter, from the files that hold all or some of their rows.
 
     An optimizer that has its state already gets this rank's tensors. One that creates its state in the first step gets all.
     """
@@ -289,7 +289,7 @@ def _load_buffers(checkpoint: Path, files: dict[str, str], states: dict[str, dic
         parts: dict[str, list[Any]] = {}
         for name in sorted(name for name in files if name.startswith("optimizer-")):
             file = stack.enter_context(safe_open(checkpoint / name, "pt"))
-            for key in file.keys():  # noqa: SIM118 (it is no dict)
+            for key in file.keys():  # noqa: SIM118 (not a dict)
                 parts.setdefault(key, []).append(file)
         loaded: dict[str, dict[str, Tensor]] = {}
         for name, state in states.items():
@@ -331,7 +331,7 @@ def _shard_like(value: Tensor, own: Tensor | None) -> Tensor:
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
-    """Write a safetensors file; its checksum."""
+    """Write a safetensors file. Returns its checksum."""
     content = save(tensors)
     with atomic_file(path) as file:
         file.write(content)

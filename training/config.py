@@ -320,7 +320,7 @@ def _checked(label: str, opt: dataclasses.Field, value: Any) -> Any:
         try:
             value = kind(value)
         except OverflowError:
-            right = False  # an integer that no float can hold
+            right = False  # too large for a float
     if right and kind is float:
         right = math.isfinite(value)
     if right and kind in (int, float):

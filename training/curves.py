@@ -82,7 +82,7 @@ def read_packed(path: Path) -> list[dict[str, Any]]:
 
 
 def unpacked(paths: Iterable[Path]) -> list[Path]:
-    """The paths of runs, in which a packed file stands for all of its runs."""
+    """The paths of runs. A packed file stands for all of its runs."""
     return [run for path in paths for run in (_runs_of(path) if path.suffix == ".jsonl" and path.is_file() else [path])]
 
 
@@ -103,7 +103,7 @@ def _packed(run_dir: Path) -> dict[str, Any] | None:
 def _is_number(value: object) -> bool:
     try:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and float(value) is not None
-    except OverflowError:  # an integer that no float can hold
+    except OverflowError:  # too large for a float
         return False
 
 
@@ -127,7 +127,7 @@ def run_name(run_dir: Path) -> str:
 
 
 def read_config(run_dir: Path) -> dict[str, Any]:
-    """The options in a run's config.json unchecked; empty if there are none to read."""
+    """The options in a run's config.json, unchecked; empty if there are none to read."""
     if (packed := _packed(run_dir)) is not None:
         return packed["config"]
     try:

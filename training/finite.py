@@ -58,7 +58,7 @@ class FiniteGuard:
 
     @contextmanager
     def step(self, step: int) -> Iterator[None]:
-        """Around the optimizer's step. A step that is skipped ends early, and without an error."""
+        """Wraps the optimizer's step. A skipped step ends early, without an error."""
         self._begin(step)
         try:
             yield

@@ -18,7 +18,7 @@ from training.checkpoint import Position
 from training.config import Config
 from training.ranks import Ranks
 
-# Dense bfloat16 peak of one device, FLOP/s, from the makers' data sheets (SXM where there are several).
+# Dense bfloat16 peak of one device, FLOP/s, from the makers' data sheets (SXM if there are several).
 PEAK_FLOPS = {
     "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
     "RTX 5090": 210e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
