@@ -350,7 +350,7 @@ class LayerwiseOptimizer(Optimizer):
         except Exception:
             self.param_groups.pop()
             raise
-        # `pending`: lr, radius, weight decay (and betas) of the pending update. Schedulers may change the group before it is applied.
+        # `pending`: lr, radius, weight decay (and betas) of the pending update. A scheduler may change the group before then.
         group["pending"], group["updates"] = (), updates
         self._assign_owners(group)
         for p in group["params"]:
