@@ -12,8 +12,9 @@ from common.jsons import jsonable
 from common.pictures import COLOURS, INK, LOOK, STYLES, pyplot
 from common.tables import markdown
 from experiments.run_jobs import ROOT, Job
-from experiments.statistics import BUDGETS, Curve, difference, interval, largest_rise
+from experiments.statistics import BUDGETS, Curve, difference, interval, largest_rise, to_reach
 from training.curves import curve
+from training.optimizers import is_deferred, optimizer_class
 
 CONFIG = "configs/quickstart_gluon.py"  # the mini scale
 RESULTS = ROOT / "results"
@@ -82,10 +83,18 @@ class Comparison:
 def curve_of(record: Mapping[str, Any], steps: int, share: float = 1.0, speed: tuple[float, float] | None = None) -> Curve:
     """A record's validations up to `steps`; a run that diverged goes on at infinity.
 
+    Gradients are those that the weights took (`to_reach`), which a record of MVR-1, -2 or -3 has at its end alone. Seconds that
+    were measured in the run stay as they are: before its end they include the step in which the weights were validated.
+
     `share`: what a gradient of this run counts for, its batch over the baseline's. `speed`: calibrated seconds of a gradient of
     the baseline, and of an update of this run apart from its gradients.
     """
-    points = [point for point in curve(record["metrics"]) if point["update"] <= steps]
+    points, config = [point for point in curve(record["metrics"]) if point["update"] <= steps], record["config"]
+    if is_deferred(optimizer_class(config["optimizer"])):
+        points = [
+            point if _at_the_end(point, config) else point | {"passes": to_reach(point["update"], point["passes"])}
+            for point in points
+        ]
     if "diverged" in record:
         last = points[-1] if points else {"update": 0, "passes": 0, "seconds": 0.0}
         passes = last["passes"] / last["update"] if last["update"] else 1.0
@@ -97,6 +106,11 @@ def curve_of(record: Mapping[str, Any], steps: int, share: float = 1.0, speed: t
         seconds = [point["seconds"] for point in points]
     losses = [point["val_loss"] if math.isfinite(point["val_loss"]) else math.inf for point in points]
     return Curve(tuple(updates), tuple(passes), tuple(seconds), tuple(losses))
+
+
+def _at_the_end(point: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
+    """Whether a line was written after a run's last step."""
+    return point["update"] + point.get("skipped", 0) == config["steps"]
 
 
 def read_speed(path: Path, batch: int, arms: tuple[Arm, ...]) -> dict[str, Any] | None:
@@ -120,7 +134,7 @@ def compare(comparison: Comparison, speed: Mapping[str, Any] | None) -> list[dic
         some = next(iter(curves.values()))
         row = {
             "arm": arm.key, "label": arm.label, "setting": arm.setting, "options": dict(arm.options),
-            "command": " ".join(["python", *comparison.job(arm, comparison.seeds[0]).command[1:]]),
+            "command": comparison.job(arm, comparison.seeds[0]).line,
             "seeds": sorted(curves), "updates": end, "passes": spent(some, "passes", end),
             "seconds": spent(some, "seconds", end),
             "loss": interval([c.at("updates", end) for c in curves.values()]),

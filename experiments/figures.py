@@ -29,7 +29,7 @@ from typing import Any
 from common.errors import UserError, one_line_errors
 from common.tables import aligned
 from experiments.comparison import CONFIG, RESULTS, RUNS, Arm, Comparison, body, compare, read_speed, replace_section, write
-from experiments.run_jobs import GOES_ON, ROOT, run_all
+from experiments.run_jobs import GOES_ON, ROOT, run_all, words_of
 from experiments.setup import evaluations
 from training.config import Config, load_config
 from training.metrics import PEAK_FLOPS
@@ -134,14 +134,13 @@ def dry_run(comparison: Comparison, scale: str, speed: Mapping[str, Any] | None)
     else:
         known = "results/figures/calibration.json" if speed else f"an assumed {ASSUMED_TOKENS:,} tokens a second and gradient"
         note = f"{all_of_it}one core, from {known}."
-    commands = [" ".join(["python", *comparison.job(arm, 0).command[1:]]) for arm in comparison.arms]
+    commands = [comparison.job(arm, 0).line for arm in comparison.arms]
     return "\n".join([comparison.title, "", aligned(rows), "", note, "", *commands])
 
 
 def config_of(arm: Arm, steps: int) -> Config:
     """An arm's whole configuration, checked."""
-    words = [f"--{name.replace('_', '-')}={value}" for name, value in {**arm.options, "steps": steps}.items()]
-    return load_config(["--config", str(ROOT / arm.config), *words])
+    return load_config(["--config", str(ROOT / arm.config), *words_of({**arm.options, "steps": steps})])
 
 
 def _seconds(arm: Arm, config: Config, passes: int, full: bool, speed: Mapping[str, Any] | None) -> float:

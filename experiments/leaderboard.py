@@ -33,7 +33,8 @@ def leaderboard(folders: Folders) -> str:
         for budget in ("updates", "passes", "seconds"):
             gap = row.get(f"equal_{budget}")
             cells.append(f"{gap['difference']} **{gap['difference'].verdict}**" if gap else "")
-        lines.append([*cells, f"`{command} --methods {row['arm']}`"])
+        method = row["arm"] if row["arm"] in sweep.METHODS else row["options"]["optimizer"]
+        lines.append([*cells, f"`{command} --methods {method}`"])
     return markdown(lines)
 
 

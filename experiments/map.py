@@ -191,7 +191,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--steps {steps} must be a multiple of {SHARE}: the short horizon is a {SHARE}th of it")
     jobs = [job_of(folders, cell, seed, steps) for seed in range(arguments.seeds) for cell in cells()]
     if arguments.plan:
-        print("\n".join(f"{job.state():8} {' '.join(job.command[1:])}" for job in jobs))
+        print("\n".join(f"{job.state():8} {job.line}" for job in jobs))
         passes = sum(evaluations(job.options["optimizer"], steps) for job in jobs)
         tokens = passes * BATCH * load_config(["--config", str(ROOT / CONFIG)]).seq_len
         print(f"{len(jobs)} runs, {passes:,} gradients: {duration(tokens / ASSUMED_TOKENS)} of one core")

@@ -6,12 +6,13 @@ with the run's name, config, environment and metrics. A packed run counts as don
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,7 +40,7 @@ class Job:
     folder: Path
     packed: Path
     config: str
-    options: dict[str, bool | int | float | str] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
     launcher: tuple[str, ...] = ()  # before train_gpt.py; default: this Python
 
     @property
@@ -50,12 +51,17 @@ class Job:
     def command(self) -> list[str]:
         """The command, with paths relative to the repository if they lie in it."""
         options = {
-            "results-dir": relative(self.folder.parent),
-            "run-name": self.folder.name,
-            **{name.replace("_", "-"): value for name, value in self.options.items()},
+            "results_dir": relative(self.folder.parent),
+            "run_name": self.folder.name,
+            **self.options,
         }
-        words = [f"--{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in options.items()]
-        return [*(self.launcher or (sys.executable,)), "train_gpt.py", f"--config={self.config}", "--resume=auto", *words]
+        first = [*(self.launcher or (sys.executable,)), "train_gpt.py", f"--config={self.config}", "--resume=auto"]
+        return [*first, *words_of(options)]
+
+    @property
+    def line(self) -> str:
+        """The command as it is typed into a shell."""
+        return f"python {shlex.join(self.command[1:])}"
 
     def record(self) -> Record | None:
         """What is known of this run: the packed record or the folder's, whichever is further on; None if there is none."""
@@ -96,12 +102,20 @@ class Job:
         return self.state() in ("done", "diverged")
 
 
+def words_of(options: Mapping[str, Any]) -> list[str]:
+    """Options of train_gpt.py as words of its command line."""
+    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in options.items()}
+    return [f"--{name.replace('_', '-')}={text}" for name, text in texts.items()]
+
+
 def _same(saved: object, wanted: object) -> bool:
     """Whether an option is what was saved; options from a command line are text."""
     if isinstance(saved, bool):
         return str(saved).lower() == str(wanted).lower()
     if isinstance(saved, int | float):
         return float(saved) == float(wanted)
+    if isinstance(saved, dict):
+        return saved == wanted
     return str(saved) == str(wanted)
 
 

@@ -104,7 +104,7 @@ def paired(variant: Mapping[int, float], baseline: Mapping[int, float]) -> Inter
 
 @dataclass(frozen=True)
 class Curve:
-    """The validations of one run, in order: updates, gradient evaluations and seconds so far, and the loss."""
+    """The validations of one run, in order: updates, the gradient evaluations and seconds that the weights took, the loss."""
 
     updates: tuple[float, ...]
     passes: tuple[float, ...]
@@ -128,6 +128,16 @@ class Curve:
             return self.losses[i]
         share = (spent - spends[i]) / (spends[i + 1] - spends[i])
         return (1 - share) * self.losses[i] + share * self.losses[i + 1]
+
+
+def to_reach(update: int, passes: float) -> float:
+    """The gradient evaluations that X_u took, from what a deferred run had evaluated when it held X_u.
+
+    MVR-1, -2 and -3 apply update u within step u, which evaluates its batch before the update and after it. So a run that goes
+    on has evaluated 2u+1 gradients when X_u can be validated. Those of step u serve X_{u+1}; X_u took 2u-1, which is what a run
+    of u updates evaluates in all. The first step evaluates one gradient and each of the u others (passes - 1) / u.
+    """
+    return passes - (passes - 1) / update if update else passes
 
 
 def difference(

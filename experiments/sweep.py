@@ -3,6 +3,7 @@
     python -m experiments.sweep --jobs 2                 tune; resumes where it was stopped
     python -m experiments.sweep --evaluate --jobs 2      run the best settings, and write table, picture and leaderboard
     python -m experiments.sweep --methods gluon mvr2     some of the methods
+    python -m experiments.sweep --methods torch.optim:Muon --lr 5e-3     any torch.optim.Optimizer (docs/compare.md)
     python -m experiments.sweep --plan                   say what would run next
 
 The model is the byte model of configs/quickstart_gluon.py with 8 sequences a step and a constant lr. Every method has 16
@@ -18,11 +19,12 @@ to spend a second gradient.
 """
 
 import argparse
+import inspect
 import json
 import math
 import random
 import sys
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,8 +34,10 @@ from common.jsons import jsonable
 from common.tables import markdown
 from experiments.comparison import CONFIG, RESULTS, RUNS, Arm, Comparison, read_speed, write
 from experiments.figures import LR, Folders
-from experiments.run_jobs import GOES_ON, Job, run_all
+from experiments.run_jobs import GOES_ON, ROOT, Job, packed_records, run_all
+from training.config import load_config
 from training.curves import curve
+from training.optimizers import accepted, optimizer_class
 
 TRIALS, SURVIVORS = 16, (16, 8, 4)  # of each rung
 TUNING_SEED = 1000
@@ -52,8 +56,6 @@ class Method:
     lr_from: float = 1.25e-4
 
 
-# It has no radii, so the config's are set back to the defaults; a matrix then moves by lr.
-MUON = {"optimizer": "torch.optim:Muon", "weight_decay": 0.0, "block_radius": 50.0, "embed_radius": 3000.0}
 METHODS = {
     "gluon": Method("Gluon", {"optimizer": "gluon"}),
     "mvr1": Method("MVR-1", {"optimizer": "mvr1", "gamma": 1.0}),
@@ -62,13 +64,52 @@ METHODS = {
     "mvr1_gamma": Method("MVR-1 with γ < 1", {"optimizer": "mvr1"}, ("lr", "momentum", "gamma")),
     "single_batch": Method("single_batch", {"optimizer": "single_batch"}, ("lr", "momentum", "gamma")),
     "previous_batch": Method("previous_batch", {"optimizer": "previous_batch"}, ("lr", "momentum", "gamma")),
-    "muon": Method("torch.optim.Muon", MUON, recipe={"lr": 5e-3}, lr_from=1.25e-3),
+    "muon": Method(
+        "torch.optim.Muon", {"optimizer": "torch.optim:Muon", "weight_decay": 0.0}, recipe={"lr": 5e-3}, lr_from=1.25e-3
+    ),
     "adamw": Method("AdamW", {"optimizer": "adamw"}, ("lr", "beta1"), {"lr": 2e-3}, 5e-4),
     "double_average": Method(
         "MVR-2 without its correction", {"optimizer": "experiments.controls:DoubleAverage"}, ("lr", "momentum", "q")
     ),
     "gluon_2b": Method("Gluon, twice the batch", {"optimizer": "gluon", "batch_size": 2 * BATCH}),
 }
+
+
+def own_method(name: str, lr: float | None = None, options: str = "{}") -> Method:
+    """The method of package.module:Class, with the knobs that its constructor takes and `options` (JSON) does not fix.
+
+    `lr`: the recipe, in the middle of the range; None: the constructor's default. Raises UserError for a class that can't be
+    found, for options that are no JSON object, and where there is no lr.
+    """
+    words = [f"--config={ROOT / CONFIG}", f"--optimizer={name}", f"--optimizer-options={options}"]
+    fixed = load_config(words).optimizer_options
+    kind = optimizer_class(name)
+    if lr is None and "lr" in (parameters := inspect.signature(kind).parameters):
+        lr = parameters["lr"].default
+    if not (isinstance(lr, int | float) and 0 < lr < math.inf):
+        raise UserError(f"{name} needs the centre of its lr range, above 0: --lr 1e-3")
+    lr = float(f"{lr:.3g}")
+    takes = accepted(kind) - fixed.keys()
+    knobs = [knob for knob in ("momentum", "q", "gamma") if knob in takes]
+    if "betas" in takes and "momentum" not in accepted(kind):
+        knobs.append("beta1")
+    title = ", ".join([name.partition(":")[2], *(f"{option} {value}" for option, value in fixed.items())])
+    return Method(title, {"optimizer": name, "optimizer_options": fixed}, ("lr", *knobs), {"lr": lr}, lr / 4)
+
+
+def key_of(name: str) -> str:
+    """The folder of a method's runs."""
+    return name.replace(":", ".")
+
+
+def methods_of(folders: Folders) -> dict[str, Method]:
+    """The methods of the table and the classes that have been tuned, as their first trial's record says, by folder."""
+    found = dict(METHODS)
+    for path in sorted((folders.results / "sweep").glob("*.jsonl")):
+        recipe = packed_records(path).get("trial00") if path.stem not in METHODS else None
+        if recipe and ":" in (name := recipe["config"]["optimizer"]):
+            found[path.stem] = own_method(name, recipe["config"]["lr"], json.dumps(recipe["config"]["optimizer_options"]))
+    return found
 
 
 # Tuning ---------------------------------------------------------------------------------------------------------------
@@ -99,10 +140,10 @@ def strata(generator: random.Random, count: int) -> list[float]:
     return values
 
 
-def job_of(folders: Folders, name: str, trial: dict[str, float], number: int, steps: int, length: int) -> Job:
+def job_of(folders: Folders, name: str, method: Method, number: int, steps: int, length: int) -> Job:
     """A trial's run. `length` is the tuning length; the run is validated at each rung."""
     options = {
-        "batch_size": BATCH, **METHODS[name].options, **trial, "steps": steps, "seed": TUNING_SEED,
+        "batch_size": BATCH, **method.options, **trials_of(method)[number], "steps": steps, "seed": TUNING_SEED,
         "val_every": length // 4, "log_every": length // 4, "checkpoint_every": 0, "keep_checkpoints": 1,
     }  # fmt: skip
     folder = folders.runs / "sweep" / name / f"trial{number:02}"
@@ -118,38 +159,38 @@ def loss_at(job: Job, steps: int) -> float:
     return found.get(steps, math.inf if "diverged" in record else math.nan)
 
 
-def rungs_of(folders: Folders, name: str, length: int) -> list[list[tuple[Job, float]]]:
+def rungs_of(folders: Folders, name: str, method: Method, length: int) -> list[list[tuple[Job, float]]]:
     """The jobs of each rung that is known so far, with their scores: a rung needs all scores of the one before."""
-    trials = trials_of(METHODS[name])
-    going, rungs = list(range(len(trials))), []
+    going, rungs = list(range(TRIALS)), []
     for steps, kept in zip((length // 4, length // 2, length), SURVIVORS, strict=True):
         going = going[:kept]
-        jobs = {i: job_of(folders, name, trials[i], i, steps, length) for i in going}
+        jobs = {i: job_of(folders, name, method, i, steps, length) for i in going}
         scores = {i: loss_at(jobs[i], steps) for i in going}
         rungs.append([(jobs[i], scores[i]) for i in going])
         if any(map(math.isnan, scores.values())):
             break
         going = sorted((i for i in going if scores[i] < math.inf), key=lambda i: scores[i])
         if not going:
-            raise UserError(f"every trial of {name} diverged; lower its lr_from in experiments/sweep.py")
+            advice = "lower its lr_from" if name in METHODS else "remove its records and give a lower --lr"
+            raise UserError(f"every trial of {name} diverged; {advice}")
     return rungs
 
 
-def report(folders: Folders, names: Iterable[str], length: int) -> None:
+def report(folders: Folders, methods: Mapping[str, Method], length: int) -> None:
     """Write best.json (every method's best trial) and table.md (all trials) from what is done."""
     best, rows = {}, [["method", "trial", "setting", f"at {length // 4}", f"at {length // 2}", f"at {length}"]]
-    for name in names:
-        rungs = rungs_of(folders, name, length)
+    for name, method in methods.items():
+        rungs = rungs_of(folders, name, method, length)
         if len(rungs) == len(SURVIVORS) and not any(math.isnan(score) for _, score in rungs[-1]):
             job, score = min(rungs[-1], key=lambda pair: pair[1])
-            trial = {knob: job.options[knob] for knob in METHODS[name].knobs}
-            best[name] = {"trial": trial, "val_loss": score, "updates": length, "at_the_edge": _edges(name, trial)}
+            trial = {knob: job.options[knob] for knob in method.knobs}
+            best[name] = {"trial": trial, "val_loss": score, "updates": length, "at_the_edge": _edges(method, trial)}
         scores = [{job.folder.name: score for job, score in rung} for rung in rungs]
         for job, _ in rungs[0]:
-            setting = Arm("", "", {knob: job.options[knob] for knob in METHODS[name].knobs}).setting
+            setting = Arm("", "", {knob: job.options[knob] for knob in method.knobs}).setting
             cells = [_shown(found.get(job.folder.name)) for found in scores]
             cells += [""] * (len(SURVIVORS) - len(scores))
-            rows.append([METHODS[name].title, job.folder.name.removeprefix("trial"), setting, *cells])
+            rows.append([method.title, job.folder.name.removeprefix("trial"), setting, *cells])
     folder = folders.results / "sweep"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "best.json").write_text(json.dumps(jsonable(best), indent=1) + "\n")
@@ -157,9 +198,9 @@ def report(folders: Folders, names: Iterable[str], length: int) -> None:
     (folder / "table.md").write_text(f"# The sweep\n\n{head}\n\n{markdown(rows)}")
 
 
-def _edges(name: str, trial: dict[str, float]) -> list[str]:
+def _edges(method: Method, trial: dict[str, float]) -> list[str]:
     """The knobs whose best value is the least or the greatest that was tried."""
-    trials = trials_of(METHODS[name])
+    trials = trials_of(method)
     return [knob for knob, value in trial.items() if value in (min(t[knob] for t in trials), max(t[knob] for t in trials))]
 
 
@@ -182,8 +223,8 @@ def evaluation(folders: Folders, seeds: int = 5, steps: int = EVALUATE_STEPS) ->
         return []
     common = {"batch_size": BATCH, "val_every": 50, "log_every": 50, "checkpoint_every": 500, "keep_checkpoints": 1}
     arms = tuple(
-        Arm(name, method.title, {**common, **method.options, **best[name]["trial"]})
-        for name, method in METHODS.items()
+        Arm(name, method.title, {**common, **method.options, **best[name]["trial"]}, CONFIG)
+        for name, method in methods_of(folders).items()
         if name in best
     )
     lengths = {arm.key: 2 * steps if arm.key == "gluon" else steps for arm in arms}
@@ -195,7 +236,11 @@ def evaluation(folders: Folders, seeds: int = 5, steps: int = EVALUATE_STEPS) ->
 def main(argv: list[str]) -> None:
     """Tune or evaluate: run what is missing, then write the tables."""
     parser = argparse.ArgumentParser(prog="experiments.sweep", description=__doc__.partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS), help="default: all")
+    parser.add_argument(
+        "--methods", nargs="+", metavar="METHOD", help=f"{', '.join(METHODS)}, or package.module:Class (all that are known)"
+    )
+    parser.add_argument("--lr", type=float, help="package.module:Class: centre of its lr range (the constructor's default)")
+    parser.add_argument("--optimizer-options", metavar="JSON", help="package.module:Class: more options of its constructor")
     parser.add_argument("--evaluate", action="store_true", help="run the best settings over seeds instead of tuning")
     parser.add_argument("--seeds", type=int, default=5, help="of the evaluation [5]")
     parser.add_argument(
@@ -207,37 +252,58 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--plan", action="store_true", help="print the runs that are known so far, and end")
     arguments = parser.parse_args(argv)
     folders = Folders(arguments.runs, arguments.results)
+    methods = _chosen(folders, arguments)
     if arguments.evaluate:
-        _evaluate(folders, arguments)
+        _evaluate(folders, methods, arguments)
         return
     length = arguments.steps or TUNE_STEPS
     if length % 4:
         raise UserError(f"--steps {length} must be a multiple of 4, for the rungs of the halving")
     try:
         for rung in range(len(SURVIVORS)):
-            known = [rungs_of(folders, name, length) for name in arguments.methods]
+            known = [rungs_of(folders, name, method, length) for name, method in methods.items()]
             jobs = [job for rungs in known for job, _ in (rungs[rung] if len(rungs) > rung else [])]
             if arguments.plan:
-                print("\n".join(f"{job.state():8} {' '.join(job.command[1:])}" for job in jobs))
+                print("\n".join(f"{job.state():8} {job.line}" for job in jobs))
             else:
                 run_all(jobs, arguments.jobs)
     finally:
         if not arguments.plan:
-            report(folders, [name for name in METHODS if name in arguments.methods or _begun(folders, name)], length)
+            known = methods_of(folders) | methods
+            report(folders, {name: m for name, m in known.items() if name in methods or _begun(folders, name)}, length)
+
+
+def _chosen(folders: Folders, arguments: argparse.Namespace) -> dict[str, Method]:
+    """The methods of a command line, by folder. A class that was tuned before is as it was, unless told otherwise."""
+    known, told = methods_of(folders), (arguments.lr, arguments.optimizer_options) != (None, None)
+    names = arguments.methods or list(known)
+    if told and not any(":" in name for name in names):
+        raise UserError("--lr and --optimizer-options are for a package.module:Class in --methods")
+    chosen = {}
+    for name in names:
+        if ":" in name and (told or key_of(name) not in known):
+            chosen[key_of(name)] = own_method(name, arguments.lr, arguments.optimizer_options or "{}")
+        elif key_of(name) in known:
+            chosen[key_of(name)] = known[key_of(name)]
+        else:
+            raise UserError(f"no method {name}; the methods are {', '.join(known)}, and any package.module:Class")
+    return chosen
 
 
 def _begun(folders: Folders, name: str) -> bool:
     return (folders.results / "sweep" / f"{name}.jsonl").exists()
 
 
-def _evaluate(folders: Folders, arguments: argparse.Namespace) -> None:
+def _evaluate(folders: Folders, methods: Mapping[str, Method], arguments: argparse.Namespace) -> None:
     comparisons = evaluation(folders, arguments.seeds, arguments.steps or EVALUATE_STEPS)
     if not comparisons:
         raise UserError("Gluon is not tuned yet; run python -m experiments.sweep first")
     comparison = comparisons[0]
-    jobs = [job for job in comparison.jobs() if job.folder.parent.name in arguments.methods]
+    if arguments.methods and (missing := methods.keys() - {arm.key for arm in comparison.arms}):
+        raise UserError(f"{min(missing)} is not tuned yet; leave out --evaluate first")
+    jobs = [job for job in comparison.jobs() if job.folder.parent.name in methods]
     if arguments.plan:
-        print("\n".join(f"{job.state():8} {' '.join(job.command[1:])}" for job in jobs))
+        print("\n".join(f"{job.state():8} {job.line}" for job in jobs))
         return
     run_all(jobs, arguments.jobs)
     if not comparison.curves(comparison.baseline):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -14,7 +15,16 @@ from experiments.comparison import Arm, Comparison, compare, curve_of, replace_s
 from experiments.controls import DoubleAverage
 from experiments.run_jobs import Job, _diverged, pack, packed_records
 from experiments.setup import evaluations
-from experiments.statistics import Curve, difference, interval, largest_rise, paired, student_cdf, student_quantile
+from experiments.statistics import (
+    Curve,
+    difference,
+    interval,
+    largest_rise,
+    paired,
+    student_cdf,
+    student_quantile,
+    to_reach,
+)
 from optim import Gluon, GluonMVR2
 from training.curves import curve
 
@@ -72,7 +82,7 @@ def test_curves_are_read_on_straight_lines():
     with pytest.raises(ValueError, match="outside"):
         found.at("updates", 21)
     assert line((0, 10), (1.0, math.inf)).at("updates", 0) == 1.0
-    # The end of a deferred optimizer's run costs no gradient: of two validations at one price the last counts.
+    # Of two validations at one price the last counts.
     assert Curve((0, 1, 2), (0, 3, 3), (0, 1, 2), (5.0, 4.0, 3.0)).at("passes", 3) == 3.0
 
 
@@ -100,11 +110,20 @@ def test_gradient_evaluations():
     assert evaluations("mvr2", 0) == 0
 
 
-def record(losses, passes=1, **extra):
+@pytest.mark.parametrize("each", [1, 2])
+def test_gradients_that_the_weights_took(each):
+    """In the middle of a deferred run: those of a run that ends there."""
+    assert [to_reach(u, 1 + each * u if u else 0) for u in (0, 1, 2, 50)] == [0, *(1 + each * (u - 1) for u in (1, 2, 50))]
+    assert all(to_reach(u, 2 * u + 1) == evaluations("mvr1", u) for u in range(1, 100))
+
+
+def record(losses, passes=1, optimizer="gluon", **extra):
+    """The record of a run that ends at the last of the losses."""
     lines = [
         {"update": u, "tokens": 8 * u, "passes": passes * u, "seconds": 0.5 * u, "val_loss": loss} for u, loss in losses.items()
     ]
-    return {"run": "seed0", "config": {}, "environment": {}, "metrics": lines, **extra}
+    config = {"optimizer": optimizer, "steps": max(losses)}
+    return {"run": "seed0", "config": config, "environment": {}, "metrics": lines, **extra}
 
 
 def test_records_become_curves():
@@ -112,6 +131,24 @@ def test_records_become_curves():
     assert found == Curve((0.0, 2.0), (0.0, 8.0), (0.0, 82.0), (3.0, 2.0))
     lost = curve_of(record({0: 3.0, 2: 2.0}, diverged="the loss is nan"), steps=10)
     assert lost.updates == (0.0, 2.0, 10.0) and lost.losses == (3.0, 2.0, math.inf)
+
+
+def test_a_deferred_run_is_placed_by_the_gradients_that_its_weights_took():
+    """Metrics count what was evaluated: 2u+1 in the middle, where step u is half done, and 2K-1 at the end."""
+    run = record({0: 3.0, 2: 2.0, 4: 1.0}, optimizer="mvr2")
+    for point, passes in zip(run["metrics"], (0, 5, 7), strict=True):
+        point["passes"] = passes
+    assert curve_of(run, steps=4).passes == (0, 3, 7)
+    assert curve_of(run, steps=4, speed=(10.0, 1.0)).seconds == (0, 32, 74)
+    run["config"]["steps"] = 8  # it goes on: what was 7 at the end is now 9
+    run["metrics"][-1]["passes"] = 9
+    assert curve_of(run, steps=4).passes == (0, 3, 7)
+    # Gluon that goes on has the loss of these weights at the same price, so the difference at equal gradients is 0.
+    gluon = curve_of(record({0: 3.0, 3: 2.0, 7: 1.0, 9: 0.5}), steps=9)
+    assert [gluon.at("passes", p) for p in (0, 3, 7)] == [3.0, 2.0, 1.0]
+    assert difference({0: curve_of(run, steps=4)}, {0: gluon}, "passes")[1].mean == 0.0
+    run["metrics"][1] |= {"skipped": 1, "passes": 7}  # a skipped step evaluates too
+    assert curve_of(run, steps=4).passes[1] == 7 - 3
 
 
 def test_sections_of_a_page_are_replaced(tmp_path):
@@ -241,13 +278,41 @@ def test_every_method_draws_the_same():
 def test_halving(tmp_path, monkeypatch):
     """Each rung keeps the better half; the loss is the distance of β from 0.5, and less with more updates."""
     monkeypatch.setattr(sweep, "loss_at", lambda job, steps: abs(job.options["momentum"] - 0.5) + 1 / steps)
-    rungs = sweep.rungs_of(figures.Folders(tmp_path, tmp_path), "gluon", 40)
+    gluon = sweep.METHODS["gluon"]
+    rungs = sweep.rungs_of(figures.Folders(tmp_path, tmp_path), "gluon", gluon, 40)
     assert [len(rung) for rung in rungs] == [16, 8, 4]
     assert [{job.options["steps"] for job, _ in rung} for rung in rungs] == [{10}, {20}, {40}]
-    betas = sorted((t["momentum"] for t in sweep.trials_of(sweep.METHODS["gluon"])), key=lambda beta: abs(beta - 0.5))
+    betas = sorted((t["momentum"] for t in sweep.trials_of(gluon)), key=lambda beta: abs(beta - 0.5))
     assert [job.options["momentum"] for job, _ in rungs[2]] == betas[:4]
     monkeypatch.setattr(sweep, "loss_at", lambda job, steps: math.nan if steps == 20 else 1.0)
-    assert len(sweep.rungs_of(figures.Folders(tmp_path, tmp_path), "gluon", 40)) == 2
+    assert len(sweep.rungs_of(figures.Folders(tmp_path, tmp_path), "gluon", gluon, 40)) == 2
+
+
+OWN = {
+    "torch.optim:Muon": ("Muon", {"lr", "momentum"}, 1e-3),
+    "torch.optim:AdamW": ("AdamW", {"lr", "beta1"}, 1e-3),
+    "torch.optim:Adagrad": ("Adagrad", {"lr"}, 1e-2),
+    "optim:GluonMVR3": ("GluonMVR3", {"lr", "momentum", "q", "gamma"}, 1e-3),
+    "examples.my_optimizer:TwoHorizons": ("TwoHorizons", {"lr", "momentum"}, 1e-3),
+    "examples.my_optimizer:HiddenMVR1": ("HiddenMVR1", {"lr", "momentum", "gamma"}, 1e-3),
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_class_of_ones_own_has_the_knobs_of_its_constructor(name):
+    title, knobs, lr = OWN[name]
+    method = sweep.own_method(name)
+    trials = sweep.trials_of(method)
+    assert method.title == title and set(method.knobs) == knobs == trials[0].keys() and trials[0]["lr"] == lr
+    lrs = [trial["lr"] for trial in trials[1:]]
+    assert lr / 4 <= min(lrs) < lr / 3 and lr * 3 < max(lrs) <= lr * 4
+    assert sweep.trials_of(sweep.own_method(name, lr=0.012345))[0]["lr"] == 0.0123
+
+
+def test_options_fix_knobs_and_are_in_the_title():
+    method = sweep.own_method("torch.optim:AdamW", options='{"betas": [0.5, 0.9], "eps": 1e-6}')
+    assert (method.title, method.knobs) == ("AdamW, betas [0.5, 0.9], eps 1e-06", ("lr",))
+    assert sweep.own_method("optim:GluonMVR2", options='{"q": 1}').knobs == ("lr", "momentum")
 
 
 def test_tuning_and_evaluation_share_no_seed():
@@ -281,6 +346,18 @@ def test_mistakes_are_one_line(tmp_path):
         figures.main(["--figure", "1", "--scale", "mini", "--plot-only", *folders])
     with pytest.raises(UserError, match="Gluon is not tuned yet"):
         sweep.main(["--evaluate", *folders])
+    for words, said in [
+        ("--methods mvr9", "no method mvr9; the methods are gluon, mvr1"),
+        ("--methods torch.optim:Moun", "torch.optim has no Moun; did you mean Muon?"),
+        ("--methods nowhere:Muon", "nowhere can't be imported"),
+        ("--methods torch.nn:Linear", "is not a torch.optim.Optimizer"),
+        ("--methods torch.optim:Muon --lr 0", "needs the centre of its lr range, above 0"),
+        ("--methods torch.optim:Muon --optimizer-options [1]", "--optimizer-options must be option names and their values"),
+        ("--methods gluon --lr 1e-3", "are for a package.module:Class"),
+    ]:
+        with pytest.raises(UserError, match=re.escape(said)) as caught:
+            sweep.main([*words.split(), *folders])
+        assert len(str(caught.value).splitlines()) == 1
     with pytest.raises(UserError, match="a multiple of 4"):
         sweep.main(["--steps", "6", *folders])
 
@@ -338,6 +415,10 @@ def test_the_sweep_to_its_leaderboard(tmp_path, monkeypatch, capsys):
     """Runs whose loss is known: the best setting is found, evaluated over seeds and ranked, and best.json says so."""
     started = []
 
+    def passes(update, end):
+        """Of MVR-2."""
+        return 2 * update + (1 if 0 < update < end else -1 if update else 0)
+
     def run_all(jobs, at_once):
         """Every run loses 1/update, and its distance from lr 5e-4; MVR-2 is 0.1 better, and seeds differ."""
         for job in jobs:
@@ -347,7 +428,7 @@ def test_the_sweep_to_its_leaderboard(tmp_path, monkeypatch, capsys):
             options, two = job.options, job.options["optimizer"] == "mvr2"
             job.folder.mkdir(parents=True, exist_ok=True)
             lines = [
-                {"update": u, "tokens": u, "passes": max(2 * u - 1, 0) if two else u, "seconds": u,
+                {"update": u, "tokens": u, "passes": passes(u, job.steps) if two else u, "seconds": u,
                  "val_loss": 2 + abs(math.log(options["lr"] / 5e-4)) + 1 / max(u, 1) - 0.1 * two + options["seed"] % 7 / 100}
                 for u in range(0, job.steps + 1, options["val_every"])
             ]  # fmt: skip
@@ -372,6 +453,34 @@ def test_the_sweep_to_its_leaderboard(tmp_path, monkeypatch, capsys):
     assert text[2].startswith("| MVR-2 |") and text[3].startswith("| Gluon |")
     assert "| 1,000 | 1,999 | 1,000 | -0.100 [-0.100, -0.100] **better** |" in text[2]
     capsys.readouterr()
+
+
+@pytest.mark.slow
+def test_a_class_of_ones_own_from_tuning_to_the_leaderboard(tmp_path, tiny, monkeypatch, capsys):
+    """Runs of up to 4 updates of a tiny model, one trial each: Gluon, and an example class that defers its updates."""
+    monkeypatch.setattr(sweep, "SURVIVORS", (1, 1, 1))
+    monkeypatch.setattr(sweep, "CONFIG", str(tiny))
+    results, name = tmp_path / "results", "examples.my_optimizer:HiddenMVR1"
+    places = ["--results", str(results), "--runs", str(tmp_path / "runs"), "--jobs", "2"]
+    words = ["--methods", "gluon", name, *places]
+    options = ["--lr", "1e-3", "--optimizer-options", '{"weight_decay": 0.5}']
+    sweep.main([*words, "--steps", "4", *options])
+    best = json.loads((results / "sweep" / "best.json").read_text())
+    key = "examples.my_optimizer.HiddenMVR1"
+    assert best.keys() == {"gluon", key} and best[key]["trial"].keys() == {"lr", "momentum", "gamma"}
+    trial = packed_records(results / "sweep" / f"{key}.jsonl")["trial00"]
+    assert (trial["config"]["lr"], trial["config"]["optimizer_options"]) == (1e-3, {"weight_decay": 0.5})
+    assert "| HiddenMVR1, weight_decay 0.5 | 00 | lr 0.001, β 0.9, γ 0.1 |" in (results / "sweep" / "table.md").read_text()
+    with pytest.raises(UserError, match=r"was run with lr = 0.001, not 0.002"):
+        sweep.main([*words, "--steps", "4", "--lr", "2e-3", *options[2:]])
+    capsys.readouterr()
+    sweep.main([*words, "--steps", "4"])  # told no options, it takes those that were tuned
+    assert "2 done, 0 to run" in capsys.readouterr().out
+    sweep.main([*words, "--evaluate", "--seeds", "1", "--steps", "4"])
+    assert "| HiddenMVR1, weight_decay 0.5 |" in capsys.readouterr().out
+    (row,) = (row for row in json.loads((results / "sweep" / "evaluation.json").read_text()) if row["arm"] == key)
+    assert (row["updates"], row["passes"], row["equal_passes"]["budget"]) == (4, 7, 7)
+    assert (results / "sweep" / "evaluation.png").stat().st_size > 10_000
 
 
 def test_calibration_times_every_arm(tiny):

@@ -52,8 +52,8 @@ def build_optimizer(model: GPT, config: Config) -> Optimizer:
     options |= config.optimizer_options or {}
     of_group = kind.option_rules().keys() if issubclass(kind, LayerwiseOptimizer) else set()
     of_embedding = config.embed_options or {}
-    _refuse(config, [name for name in options if name not in _accepted(kind)], kind)
-    _refuse(config, [name for name in of_embedding if name not in _accepted(kind) | of_group], kind)
+    _refuse(config, [name for name in options if name not in accepted(kind)], kind)
+    _refuse(config, [name for name in of_embedding if name not in accepted(kind) | of_group], kind)
     groups[1] |= of_embedding
     try:
         return kind(groups, lr=config.lr, **options)  # type: ignore[call-arg]  # each has its own
@@ -116,8 +116,8 @@ def _set_lr(group: dict[str, Any], lr: float) -> None:
         group["lr"] = lr
 
 
-def _accepted(kind: type[Optimizer]) -> set[str]:
-    """The options of a constructor. Ours pass on the options that they do not name."""
+def accepted(kind: type[Optimizer]) -> set[str]:
+    """The options that a constructor takes. Ours pass on the options that they do not name."""
     names = set(inspect.signature(kind).parameters)
     if issubclass(kind, LayerwiseOptimizer) and "options" in names:
         names |= kind.option_rules().keys() | inspect.signature(LayerwiseOptimizer).parameters.keys()
@@ -126,5 +126,5 @@ def _accepted(kind: type[Optimizer]) -> set[str]:
 
 def _refuse(config: Config, names: list[str], kind: type[Optimizer]) -> None:
     if names:
-        has = ", ".join(sorted(_accepted(kind)))
+        has = ", ".join(sorted(accepted(kind)))
         raise UserError(f"{names[0]} is not an option of optimizer = {config.optimizer}, which has {has}")
