@@ -4,6 +4,7 @@ Most runs on several ranks share processes that stay alive (`ranks.Ranks`). Each
 own.
 """
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -45,7 +46,8 @@ def train_here(lists: list[list[str]]) -> None:
     rank, size = dist.get_rank(), dist.get_world_size()
     for number, words in enumerate(lists):
         store = dist.PrefixStore(f"run{number}", dist.distributed_c10d._get_default_store())
-        train_gpt.run(load_config(words), Ranks(rank, size, torch.device("cpu"), host, host, store))
+        with contextlib.ExitStack() as at_end:
+            train_gpt.run(load_config(words), Ranks(rank, size, torch.device("cpu"), host, host, store), at_end)
 
 
 @pytest.fixture(scope="module")
