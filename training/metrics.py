@@ -18,11 +18,18 @@ from training.checkpoint import Position
 from training.config import Config
 from training.ranks import Ranks
 
-# Dense bfloat16 peak of one device, FLOP/s, from the makers' data sheets (SXM if there are several).
+# Dense bfloat16 peak of one device, FLOP/s, from the makers' data sheets: the first name that is part of the card's counts.
+# A name alone is the SXM part if there are several; NVL and PCIe parts are slower.
 PEAK_FLOPS = {
-    "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
-    "RTX 5090": 210e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
+    "B200": 2250e12, "H200 NVL": 835e12, "H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12,
+    "H800 PCIe": 756e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12, "RTX 5090": 210e12,
+    "RTX 4090": 165e12, "RTX 3090": 71e12,
 }  # fmt: skip
+
+
+def peak_flops(card: str) -> float:
+    """The bfloat16 peak of the card of this name, FLOP/s; 0 if it is not known."""
+    return next((flops for part, flops in PEAK_FLOPS.items() if part in card), 0.0)
 
 
 class Metrics:
@@ -183,7 +190,7 @@ class Progress:
         self._start, self._evaluated, self._seconds = position.step, position.evaluated, position.seconds
         self._flops = flops_per_token
         name = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else ""
-        self._peak = ranks.size * next((flops for key, flops in PEAK_FLOPS.items() if key in name), 0.0)
+        self._peak = ranks.size * peak_flops(name)
         self._bar = tqdm(
             total=config.steps, initial=position.step, disable=None if ranks.first else True, unit="step", dynamic_ncols=True,
             desc=config.run_name,
