@@ -1,8 +1,9 @@
 """Turn your own text into shards: `python -m data.tokenize_text FILES… --out DIR [--encoding gpt2|bytes]`.
 
 A `.txt` file is one document. `.jsonl` and `.parquet` files have one document per line or row, in the field `text`.
-Directories are searched. An end-of-text token precedes each document. The encoding is GPT-2's, or `bytes`: the UTF-8
-bytes, and 256 as the end of text, a vocabulary of 257 for small models.
+Directories are searched. About `--val-fraction` of the documents go into the validation split; of a single `.txt` file, its
+end does. An end-of-text token precedes each document. The encoding is GPT-2's, or `bytes`: the UTF-8 bytes, and 256 as the end
+of text, a vocabulary of 257 for small models.
 """
 
 from __future__ import annotations
@@ -260,6 +261,13 @@ def read_documents(files: Iterable[Path], field: str, progress: Progress) -> Ite
             raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
+def cut_in_two(text: str, val_fraction: float) -> tuple[str, str]:
+    """The text, and its last `val_fraction`, which starts with a line unless that is far."""
+    at = int(len(text) * (1 - val_fraction))
+    at = text.rfind("\n", at * 9 // 10, at) + 1 or at
+    return text[:at], text[at:]
+
+
 def _decode(raw: bytes, path: Path, first_line: int) -> str:
     try:
         return raw.decode("utf-8-sig")
@@ -330,7 +338,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="the directory for the shards")
     parser.add_argument("--encoding", choices=ENCODINGS, default="gpt2", help="default: %(default)s")
     parser.add_argument("--field", default="text", help="of .jsonl and .parquet, default: %(default)s")
-    parser.add_argument("--val-fraction", type=float, default=0.01, help="of the documents, default: %(default)s")
+    parser.add_argument(
+        "--val-fraction", type=float, default=0.01, help="of the documents, or of a single .txt file; default: %(default)s"
+    )
     parser.add_argument("--shard-tokens", type=int, default=100_000_000, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of the validation documents")
     parser.add_argument("--overwrite", action="store_true", help="replace the shards that --out holds")
@@ -340,11 +350,15 @@ def main(arguments: list[str] | None = None) -> None:
 
     total = sum(path.stat().st_size for path in files)
     with tqdm(total=total, unit="B", unit_scale=True, desc="tokenize", disable=not sys.stderr.isatty()) as bar:
+        documents, in_val = read_documents(files, options.field, bar.update), None
+        if len(files) == 1 and files[0].suffix == ".txt" and 0 < options.val_fraction < 1:
+            documents, in_val = iter(cut_in_two(next(documents), options.val_fraction)), lambda number, _: number == 1
         manifest = tokenize_documents(
-            read_documents(files, options.field, bar.update),
+            documents,
             options.out,
             options.encoding,
             options.val_fraction,
+            in_val=in_val,
             seed=options.seed,
             shard_tokens=options.shard_tokens,
             source=f"{len(files)} files: {', '.join(path.name for path in files[:8])}{', …' * (len(files) > 8)}",

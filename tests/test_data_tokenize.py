@@ -242,8 +242,21 @@ def test_bad_parquet_columns(tmp_path, capsys):
         assert code == 2 and message in err and err.count("\n") == 1
 
 
+def test_the_end_of_a_single_text_file_is_for_validation(tmp_path, capsys):
+    text = "".join(f"Zeile {n}: größer.\n" for n in range(1000))
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    code, _, err = command(capsys, tmp_path / "a.txt", "--out", tmp_path / "out", "--encoding", "bytes", "--val-fraction", "0.1")
+    assert code == 0, err
+    parts = [split_tokens(tmp_path / "out", split) for split in ("train", "val")]
+    assert all(part[0] == 256 for part in parts)
+    train, val = (bytes(part[1:].astype(np.uint8)).decode() for part in parts)
+    assert train + val == text and val.startswith("Zeile ")
+    assert 0.1 <= len(val) / len(text) < 0.101
+
+
 def test_bad_arguments(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("some text")
+    (tmp_path / "a.jsonl").write_text('{"text": "some text"}\n')
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
     out = tmp_path / "out"
@@ -253,7 +266,7 @@ def test_bad_arguments(tmp_path, capsys):
         ([tmp_path / "a.txt", "--out", out, "--val-fraction", "2"], "between 0 and 1"),
         ([tmp_path / "a.txt", "--out", out, "--shard-tokens", "0"], "tokens per shard must be"),
         ([tmp_path / "a.txt", "--out", tmp_path / "file"], "cannot be written"),
-        ([tmp_path / "a.txt", "--out", out, "--encoding", "bytes"], "got none of the 1 documents"),
+        ([tmp_path / "a.jsonl", "--out", out, "--encoding", "bytes"], "got none of the 1 documents"),
     ):
         code, _, err = command(capsys, *arguments)
         assert code == 2 and message in err and err.count("\n") == 1, err
