@@ -366,11 +366,6 @@ def test_a_device_that_is_not_there(refused):
         assert "torch finds no Apple GPU here" in refused("--device mps")
 
 
-def test_wandb_that_is_not_there(refused, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    assert "--wandb needs the package wandb: pip install wandb" in refused("--wandb")
-
-
 RANK = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "{free}", "LOCAL_RANK": "0"}
 BAD_ENVIRONMENTS = {
     "RANK in words": ({"RANK": "first"}, "the environment's RANK = 'first' must be an integer"),

@@ -245,7 +245,9 @@ def test_bad_parquet_columns(tmp_path, capsys):
 def test_the_end_of_a_single_text_file_is_for_validation(tmp_path, capsys):
     text = "".join(f"Zeile {n}: größer.\n" for n in range(1000))
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
-    code, _, err = command(capsys, tmp_path / "a.txt", "--out", tmp_path / "out", "--encoding", "bytes", "--val-fraction", "0.1")
+    code, _, err = command(
+        capsys, tmp_path / "a.txt", "--out", tmp_path / "out", "--encoding", "bytes", "--val-fraction", "0.1"
+    )
     assert code == 0, err
     parts = [split_tokens(tmp_path / "out", split) for split in ("train", "val")]
     assert all(part[0] == 256 for part in parts)

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 import signal
 import time
 
@@ -306,13 +305,6 @@ def test_two_deterministic_runs_are_the_same(trainer):  # noqa: F811
     first = trainer.run("deterministic-1", options).ok()
     first.same_as(trainer.run("deterministic-2", options).ok())
     assert first.weights["embedding.weight"].dtype == "float32"
-
-
-def test_wandb_offline(trainer):  # noqa: F811
-    pytest.importorskip("wandb")
-    done = trainer.run("wandb", "--steps 2 --wandb", WANDB_MODE="offline", WANDB_SILENT="true").ok()
-    assert list((done.folder / "wandb").glob("offline-run-*/run-*.wandb"))
-    shutil.rmtree(done.folder / "wandb")
 
 
 def test_losses_are_finite_or_told(trainer: Trainer):  # noqa: F811

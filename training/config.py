@@ -113,6 +113,7 @@ class Config:
 
     wandb: bool = option(False, "also log to Weights & Biases", group="logging")
     wandb_project: str = option("gluon-mvr", "Weights & Biases project")
+    tensorboard: bool = option(False, "also log to TensorBoard, into the run's folder")
 
     def __post_init__(self) -> None:
         for opt in dataclasses.fields(self):

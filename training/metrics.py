@@ -1,4 +1,4 @@
-"""What a run reports: metrics.jsonl, Weights & Biases, a progress bar."""
+"""What a run reports: metrics.jsonl, trackers, a progress bar."""
 
 import json
 import os
@@ -17,6 +17,7 @@ from common.errors import UserError, say
 from training.checkpoint import Position
 from training.config import Config
 from training.ranks import Ranks
+from training.trackers import Tracker, start_trackers
 
 # Dense bfloat16 peak of one device, FLOP/s, from the makers' data sheets: the first name that is part of the card's counts.
 # A name alone is the SXM part if there are several; NVL and PCIe parts are slower.
@@ -33,7 +34,7 @@ def peak_flops(card: str) -> float:
 
 
 class Metrics:
-    """Appends one JSON object a line to metrics.jsonl, on rank 0, and sends it to W&B if asked.
+    """Appends one JSON object a line to metrics.jsonl, on rank 0, and sends it to the trackers that the config names.
 
     If the disk is full, lines wait in memory until there is room again.
     """
@@ -41,22 +42,23 @@ class Metrics:
     def __init__(self, run_dir: Path, config: Config, ranks: Ranks, keep_bytes: int | None) -> None:
         """`keep_bytes`: how much of an existing file stays; what came after a checkpoint is written again."""
         self._file: int | None = None
-        self._wandb = None
+        self._trackers: list[Tracker] = []
         self._waiting, self._size = b"", keep_bytes or 0
         self._spikes = SpikeDetector()
         ranks.agree(lambda: self._open(run_dir, config))
 
     def _open(self, run_dir: Path, config: Config) -> None:
-        path = run_dir / "metrics.jsonl"
+        path, update = run_dir / "metrics.jsonl", -1
         try:
             self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
             os.ftruncate(self._file, self._size)
-            for line in os.pread(self._file, self._size, 0).splitlines()[-10 * SpikeDetector.WINDOW :]:
-                self._spikes.add(json.loads(line).get("train_loss"))
+            lines = os.pread(self._file, self._size, 0).splitlines()[-10 * SpikeDetector.WINDOW :]
+            for line in map(json.loads, lines):
+                self._spikes.add(line.get("train_loss"))
+                update = line.get("update", update)
         except (OSError, ValueError) as error:
             raise UserError(f"{path} can't be continued ({error})") from None
-        if config.wandb:
-            self._wandb = _start_wandb(run_dir, config)
+        self._trackers = start_trackers(run_dir, config, update + 1)
 
     def write(self, **values: Any) -> float | None:
         """Write one line: update, tokens, passes, seconds, losses. If the loss is a spike, returns its height in deviations."""
@@ -66,8 +68,8 @@ class Metrics:
             values["spike"] = round(spike, 1)
         self._waiting += (json.dumps(values) + "\n").encode()
         self._flush()
-        if self._wandb:
-            self._wandb.log(values)
+        for tracker in self._trackers:
+            tracker.log(values)
         return spike
 
     def _flush(self) -> bool:
@@ -113,8 +115,8 @@ class Metrics:
         if self._file is not None:
             os.close(self._file)
         self._file = None
-        if self._wandb:
-            self._wandb.finish()
+        while self._trackers:
+            self._trackers.pop().close()
 
 
 class SpikeDetector:
@@ -134,21 +136,6 @@ class SpikeDetector:
             above = (loss - statistics.fmean(self._last)) / spread
         self._last.append(loss)
         return above if above is not None and above > self.DEVIATIONS else None
-
-
-def _start_wandb(run_dir: Path, config: Config) -> Any:
-    try:
-        import wandb
-    except ImportError:
-        raise UserError("--wandb needs the package wandb: pip install wandb") from None
-    try:
-        return wandb.init(
-            project=config.wandb_project, name=config.run_name, id=config.run_name, resume="allow",
-            config=config.to_dict(), dir=str(run_dir),
-        )  # fmt: skip
-    except (wandb.Error, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"Weights & Biases did not start ({reason}); WANDB_MODE=offline needs no account") from None
 
 
 class Clock:

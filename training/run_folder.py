@@ -23,7 +23,8 @@ from training.config import Config
 
 REQUEUE = "requeue"
 _CONTENTS = (
-    "checkpoints", "config.json", "environment.json", "code.diff", "metrics.jsonl", "model.safetensors", "wandb", REQUEUE,
+    "checkpoints", "config.json", "environment.json", "code.diff", "metrics.jsonl", "model.safetensors", "wandb", "tensorboard",
+    REQUEUE,
 )  # fmt: skip
 # A checkpoint with other values of these belongs to another experiment. Other options may change when a run resumes.
 _FIXED = (
