@@ -227,7 +227,7 @@ BAD_CHECKPOINTS = {
         state(lambda s: s.update(format=1)), MVR2,
         "is of an older version, in which mvr1, mvr2 and mvr3 were other algorithms; train again",
     ),
-    "an unknown format": (state(lambda s: s.update(format=3)), MVR2, "state.json is not one of ours"),
+    "an unknown format": (state(lambda s: s.update(format=3)), MVR2, "state.json has another form"),
     "another norm": (untouched, f"{MVR2} --block-norm sign", "was trained with block_norm = spectral, not sign"),
     "past the steps": (untouched, f"{MVR2} --steps 3", "is at step 4, past --steps 3"),
     "an unknown option": (state(lambda s: s["config"].update(momentun=1)), MVR2, "unknown option 'momentun'"),
@@ -282,7 +282,7 @@ def test_a_run_of_the_older_version(refused, saved, tmp_path):
     why = "step_0000004 is of an older version, in which mvr1, mvr2 and mvr3 were other algorithms; train again"
     assert f"{why}); --overwrite starts the run again" in refused(f"{MVR2} --resume auto")
     assert f"that run has no checkpoint that can be used ({run}/checkpoints/{why})" in refused(f"{MVR2} --resume {run}")
-    assert "exists; --resume auto goes on with it, --overwrite replaces it" in refused(MVR2)
+    assert "exists; --resume auto continues it, --overwrite replaces it" in refused(MVR2)
 
 
 # ---- optimizers
