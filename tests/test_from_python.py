@@ -63,7 +63,7 @@ def test_a_mistake_is_an_exception(options):
     with pytest.raises(UserError, match="lr must be"):
         Config(lr=-1.0)
     folder = train(Config(run_name="there", **options))
-    with pytest.raises(UserError, match="exists; --resume auto goes on with it"):
+    with pytest.raises(UserError, match="exists; --resume auto continues it"):
         train(Config(run_name="there", **options))
     train(Config(run_name="there", overwrite=True, **options))
     assert metrics(folder)[-1]["update"] == 4
