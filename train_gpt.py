@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from data.loader import TokenStream
 from model import GPT, GPTConfig
-from training import checkpoint
+from training import checkpoint, numerics
 from training.batch import micro_batch_size, open_data
 from training.checkpoint import Checkpointer, Position
 from training.finite import FiniteGuard
@@ -58,23 +58,19 @@ def run(config: Config, ranks: Ranks, at_end: ExitStack) -> Path:
     device = ranks.device
     on_cuda = device.type == "cuda"
     torch.manual_seed(config.seed)
-    if config.deterministic:
-        at_end.callback(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled())
-        torch.use_deterministic_algorithms(True)
+    numerics.settle(config, at_end)
 
     # Data: the same global stream of batches for every world size.
     loader, val_stream = ranks.together(lambda: open_data(config, ranks))
     at_end.callback(loader.close)
 
     # Model and optimizer: `model` keeps the names, `compiled` is what runs, `net` also averages gradients over the ranks.
-    dtype = config.dtype if config.dtype != "auto" else "bfloat16" if on_cuda else "float32"
+    dtype = numerics.choose_dtype(config, device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
     model = GPT(GPTConfig(config.vocab_size, config.n_layer, config.n_head, config.d_model, config.seq_len))
     model.to(device, torch.float64 if dtype == "float64" else torch.float32)
-    compiled: Any = model
-    if config.compile == "on" or (config.compile == "auto" and on_cuda):
-        compiled = torch.compile(model, dynamic=False)
-    net: Any = ranks.replicate(compiled)
+    compiled: Any = numerics.compiled(model, config, device, at_end)
+    net: Any = ranks.replicate(compiled, config.bucket_cap_mb or (25 if compiled is model else 150))
     optimizer: Any = ranks.together(lambda: build_optimizer(model, config))
     set_schedule = schedule(optimizer, config)
     deferred = is_deferred(optimizer)
@@ -89,6 +85,7 @@ def run(config: Config, ranks: Ranks, at_end: ExitStack) -> Path:
     if config.compare_with != "last_step":
         last_gradient = LastGradient(optimizer, config.compare_with, loader, lambda *batch: gradients(*batch))
     warm_up(net, (micro, config.seq_len) if compiled is not model else (1, 1), ranks, autocast)
+    recompilations = numerics.count_recompilations()
     position = Position()
     if source is not None and state is not None:
         ranks.together(lambda: checkpoint.load(source, state, model, optimizer))
@@ -203,6 +200,8 @@ def run(config: Config, ranks: Ranks, at_end: ExitStack) -> Path:
         ranks.agree(lambda: checkpoint.save_weights(run_dir / "model.safetensors", model))
         count = whole(position.evaluated / config.batch_size)
         progress.say(f"{config.run_name}: {updates()} updates, {count} gradient evaluations, {clock.seconds:.1f} s")
+    if line := recompilations():
+        progress.say(line)
     progress.close()
     ranks.agree(metrics.finish)
     return run_dir

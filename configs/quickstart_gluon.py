@@ -20,3 +20,5 @@ val_every = 20
 val_tokens = 32768
 log_every = 1
 checkpoint_every = 60
+
+dtype = "float32"  # the same numbers on every CPU, up to rounding

@@ -174,8 +174,9 @@ class Progress:
 
     def __init__(self, config: Config, ranks: Ranks, position: Position, flops_per_token: int) -> None:
         self._config, self._first = config, ranks.first
-        self._start, self._evaluated, self._seconds = position.step, position.evaluated, position.seconds
+        self._start, self._seconds = position.step, position.seconds
         self._flops = flops_per_token
+        self._window = position.evaluated, position.seconds  # at the last line
         name = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else ""
         self._peak = ranks.size * peak_flops(name)
         self._bar = tqdm(
@@ -189,21 +190,28 @@ class Progress:
         self._bar.update()
 
     def show(self, update: int, evaluated: int, seconds: float, **losses: float) -> None:
-        """Show losses. `evaluated` sequences have had their gradient computed so far, in `seconds`."""
+        """Show losses. `evaluated` sequences have had their gradient computed so far, in `seconds`.
+
+        The speed is that since the last line, so the slow first steps count in the first line alone.
+        """
         if not self._first:
             return
-        evaluated, seconds = evaluated - self._evaluated, seconds - self._seconds  # since this process started
         self._shown |= {name: f"{loss:.4f}" for name, loss in losses.items()}
-        if evaluated:
-            speed = evaluated * self._config.seq_len / seconds
+        passed, took = evaluated - self._window[0], seconds - self._window[1]
+        if passed:
+            speed = passed * self._config.seq_len / took
             self._shown["tokens/s"] = f"{speed:,.0f}"
             if self._peak:
                 self._shown["MFU"] = f"{speed * self._flops / self._peak:.1%}"
         self._bar.set_postfix(self._shown)
-        if self._bar.disable and "val_loss" in losses:
+        line_due = self._bar.disable and "val_loss" in losses
+        if passed and (line_due or not self._bar.disable):
+            self._window = evaluated, seconds
+        if line_due:
             line = "   ".join(f"{name} {value}" for name, value in self._shown.items())
             if update > self._start:
-                line += f"   {(self._config.steps - update) * seconds / (update - self._start):,.0f} s left"
+                each = (seconds - self._seconds) / (update - self._start)
+                line += f"   {(self._config.steps - update) * each:,.0f} s left"
             say(f"{self._config.run_name}   update {update}/{self._config.steps}   {line}")
 
     def say(self, text: str) -> None:

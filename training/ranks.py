@@ -5,7 +5,9 @@ import os
 import re
 import signal
 import socket
+import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -79,13 +81,15 @@ class Ranks:
             raise UserError(f"the ranks could not form a group ({_first_line(error)})") from None
         return cls(rank, size, chosen, groups[0], groups[1], store)
 
-    def replicate(self, model: nn.Module) -> nn.Module:
-        """The model with its gradients averaged over the ranks."""
+    def replicate(self, model: nn.Module, bucket_mb: int = 25) -> nn.Module:
+        """The model with its gradients averaged over the ranks, `bucket_mb` megabytes at a time."""
         if self.size == 1:
             return model
         with warnings.catch_warnings():  # newer versions of torch have another name for broadcast_buffers
             warnings.simplefilter("ignore", FutureWarning)
-            return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+            return DistributedDataParallel(
+                model, gradient_as_bucket_view=True, broadcast_buffers=False, bucket_cap_mb=bucket_mb
+            )
 
     def agree(self, decide: Callable[[], T]) -> T:
         """Return what rank 0 decides, on every rank. Its `UserError` is raised on every rank."""
@@ -184,22 +188,56 @@ class StopSignal:
     """SIGINT, SIGTERM and SIGUSR1 (a scheduler's warning) ask for a stop. All ranks stop after the same step.
 
     A context manager. Python allows signal handlers in the main thread only; in another thread it installs none.
+
+    A rank that died or hangs inside a collective leaves the main thread of the others in torch, where no handler runs. So a
+    thread also hears of signals. If the step is not over when it should be, it ends the process.
     """
+
+    LEAST_WAIT = 5.0  # seconds; three times the longest step so far if that is more
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
         self._asked: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
+        self._agreed = threading.Event()
+        self._step_began, self._longest = time.monotonic(), 10.0  # until a step has told how long one takes
+        self._first_step = True
+        self._pipe: tuple[int, int, int] | None = None  # read end, write end, the file that heard of signals before
 
     def __enter__(self) -> "StopSignal":
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
                 self._before[number] = signal.signal(number, self._ask)
+            if self._ranks.size > 1:
+                ours, theirs = os.pipe()
+                os.set_blocking(theirs, False)
+                self._pipe = ours, theirs, signal.set_wakeup_fd(theirs, warn_on_full_buffer=False)
+                self._thread = threading.Thread(target=self._listen, args=(ours,), daemon=True)
+                self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not set by Python
+        if self._pipe is not None:
+            (ours, theirs, before), self._pipe = self._pipe, None
+            signal.set_wakeup_fd(before)
+            self._agreed.set()
+            os.close(theirs)  # the thread then reads the end of the file
+            self._thread.join()
+            os.close(ours)
+
+    def _listen(self, signals: int) -> None:
+        """In a thread: after SIGINT or SIGTERM, end the process unless the ranks agree to stop in time."""
+        while number := os.read(signals, 1):
+            if number[0] not in (signal.SIGINT, signal.SIGTERM):
+                continue
+            wait = max(self.LEAST_WAIT, 3 * self._longest)
+            if not self._agreed.wait(wait):
+                late = f"the step was not over {wait:.0f} s after {signal.Signals(number[0]).name}"
+                advice = "another rank may have died; --resume auto continues from the newest checkpoint"
+                print(f"train_gpt: rank {self._ranks.rank}: {late}: {advice}", file=sys.stderr, flush=True)
+                os._exit(LostRankError.exit_code)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self._asked and number == signal.SIGINT:  # a second Ctrl-C does not wait for the step
@@ -214,7 +252,13 @@ class StopSignal:
         vote = torch.tensor([0 if self._asked is None else 1 if self._asked == signal.SIGINT else 2], dtype=torch.int32)
         if self._ranks.size > 1:
             dist.all_reduce(vote, dist.ReduceOp.MAX, group=self._ranks.host)
-        return ("", "interrupted", "preempted")[int(vote.item())]
+        now = time.monotonic()
+        took, self._step_began = now - self._step_began, now
+        self._longest, self._first_step = took if self._first_step else max(took, self._longest), False
+        why = ("", "interrupted", "preempted")[int(vote.item())]
+        if why:
+            self._agreed.set()
+        return why
 
 
 def _number(name: str, least: int, below: int, default: str | None = None) -> int:

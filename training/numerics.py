@@ -1,0 +1,71 @@
+"""What decides a run's rounding and speed on a device, in one place: precision, compilation, determinism."""
+
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+
+import torch
+from torch import nn
+
+from optim.polar import has_bfloat16_units
+from training.config import Config
+
+
+def choose_dtype(config: Config, device: torch.device) -> str:
+    """float32, bfloat16 (autocast) or float64; "auto" is bfloat16 if the device has units for it."""
+    if config.dtype != "auto":
+        return config.dtype
+    return "bfloat16" if has_bfloat16_units(device) else "float32"
+
+
+def settle(config: Config, at_end: ExitStack) -> None:
+    """Set torch's switches for this run; `at_end` puts them back.
+
+    Partial sums of a bfloat16 product are added in float32: the correction of MVR-1, -2 and -3 is a small difference of two
+    gradients. `--deterministic` needs deterministic kernels, and the same choice among kernels in each run (Inductor times
+    them otherwise). It does not need torch's filling of fresh memory, which costs a pass over each new tensor.
+    """
+    _set(torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", False, at_end)
+    if config.deterministic:
+        at_end.callback(
+            torch.use_deterministic_algorithms,
+            torch.are_deterministic_algorithms_enabled(),
+            warn_only=torch.is_deterministic_algorithms_warn_only_enabled(),
+        )
+        torch.use_deterministic_algorithms(True)
+        _set(torch.utils.deterministic, "fill_uninitialized_memory", False, at_end)
+
+
+def compiled(model: nn.Module, config: Config, device: torch.device, at_end: ExitStack) -> nn.Module:
+    """The compiled model, if the config asks for it; else the model itself."""
+    if config.compile == "off" or (config.compile == "auto" and device.type != "cuda"):
+        return model
+    import torch._inductor.config as inductor
+
+    if config.deterministic and hasattr(inductor, "deterministic"):  # torch 2.10 and newer
+        _set(inductor, "deterministic", True, at_end)
+    return torch.compile(model, dynamic=False)  # type: ignore[return-value]
+
+
+def graphs_compiled() -> int:
+    """How many graphs torch.compile has made in this process."""
+    dynamo = sys.modules.get("torch._dynamo")
+    return dynamo.utils.counters["stats"]["unique_graphs"] if dynamo else 0
+
+
+def count_recompilations() -> Callable[[], str]:
+    """Called once training's graph is there. What it returns gives a line to print if there were others than validation's."""
+    before = graphs_compiled()
+
+    def line() -> str:
+        again = graphs_compiled() - before - 1
+        return (
+            f"the model was compiled {again} more times than it should be; TORCH_LOGS=recompiles says why" if again > 0 else ""
+        )
+
+    return line
+
+
+def _set(where: object, name: str, value: bool, at_end: ExitStack) -> None:
+    at_end.callback(setattr, where, name, getattr(where, name))
+    setattr(where, name, value)
