@@ -221,7 +221,8 @@ def evaluation(folders: Folders, seeds: int = 5, steps: int = EVALUATE_STEPS) ->
         best = {}
     if "gluon" not in best:
         return []
-    common = {"batch_size": BATCH, "val_every": 50, "log_every": 50, "checkpoint_every": 500, "keep_checkpoints": 1}
+    every = min(50, max(1, steps // 4))
+    common = {"batch_size": BATCH, "val_every": every, "log_every": every, "checkpoint_every": 500, "keep_checkpoints": 1}
     arms = tuple(
         Arm(name, method.title, {**common, **method.options, **best[name]["trial"]}, CONFIG)
         for name, method in methods_of(folders).items()

@@ -437,19 +437,20 @@ def test_the_sweep_to_its_leaderboard(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(sweep, "run_all", run_all)
     results = tmp_path / "results"
-    words = ["--methods", "gluon", "mvr2", "--results", str(results), "--runs", str(tmp_path / "runs")]
+    words = ["--methods", "gluon", "mvr2", "torch.optim:Muon", "--results", str(results), "--runs", str(tmp_path / "runs")]
     sweep.main([*words, "--steps", "40"])
-    assert len(started) == 2 * (16 + 8 + 4)
+    assert len(started) == 3 * (16 + 8 + 4)
     best = json.loads((results / "sweep" / "best.json").read_text())
     lrs = [trial["lr"] for trial in sweep.trials_of(sweep.METHODS["gluon"])]
     assert best["gluon"]["trial"]["lr"] == min(lrs, key=lambda lr: abs(math.log(lr / 5e-4)))
     sweep.main([*words, "--steps", "40"])
-    assert len(started) == 56  # all of it was done
+    assert len(started) == 84  # all of it was done
     sweep.main([*words, "--evaluate"])
-    assert len(started) == 66
+    assert len(started) == 84 + 3 * 5
     assert (results / "sweep" / "evaluation.png").stat().st_size > 10_000
     text = leaderboard.leaderboard(figures.Folders(tmp_path / "runs", results)).splitlines()
-    assert text[2].startswith("| MVR-2 |") and text[3].startswith("| Gluon |")
+    assert text[2].startswith("| MVR-2 |") and {line.split(" | ")[0] for line in text[3:]} == {"| Gluon", "| Muon"}
+    assert "`python -m experiments.sweep --evaluate --methods torch.optim:Muon`" in "".join(text)
     assert "| 1,000 | 1,999 | 1,000 | -0.100 [-0.100, -0.100] **better** |" in text[2]
     capsys.readouterr()
 
