@@ -130,8 +130,9 @@ def run(config: Config, ranks: Ranks, at_end: ExitStack) -> Path:
     def evaluate() -> None:
         position.validated = updates()
         clock.stop()
-        ranks.check_identical(model)
-        record(updates(), val_loss=validate(model, compiled, val_stream, micro, config, ranks, autocast))
+        with stop.pause():
+            ranks.check_identical(model)
+            record(updates(), val_loss=validate(model, compiled, val_stream, micro, config, ranks, autocast))
         clock.start()
 
     def evaluate_if_due() -> None:
@@ -140,9 +141,10 @@ def run(config: Config, ranks: Ranks, at_end: ExitStack) -> Path:
 
     def save() -> None:
         clock.stop()
-        finite.check_state()
-        position.metrics_bytes = metrics.durable_bytes()
-        checkpoints.save(model, optimizer, position, config.to_dict())
+        with stop.pause():
+            finite.check_state()
+            position.metrics_bytes = metrics.durable_bytes()
+            checkpoints.save(model, optimizer, position, config.to_dict())
         clock.start()
 
     def gradients(inputs: Tensor, targets: Tensor) -> Tensor:
@@ -184,6 +186,7 @@ def run(config: Config, ranks: Ranks, at_end: ExitStack) -> Path:
         if stopped:
             break
 
+    stop.finish()
     if start == config.steps:
         progress.say(f"all {config.steps} steps are done; a larger --steps continues")
     ranks.together(checkpoints.finish)

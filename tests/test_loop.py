@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from test_reliability import at_step, on_rank
 from torch.utils._python_dispatch import TorchDispatchMode
 from train_runs import data, trainer  # noqa: F401
 
+import train_gpt
 from model import GPT, GPTConfig
 from training import numerics
 from training.checkpoint import Position
@@ -179,3 +181,25 @@ def test_a_killed_rank_and_a_signal_end_the_other_at_once(trainer):  # noqa: F81
     running.signal(signal.SIGTERM)
     done = running.done(timeout=20)
     assert done.codes == [1, -9] and "Traceback" not in done.err
+
+
+def second_validation_is_slow() -> None:
+    """It takes three seconds, in which this rank gets SIGTERM."""
+    StopSignal.LEAST_WAIT = 0.2
+    validate, calls = train_gpt.validate, []
+
+    def slow(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(3)
+        return validate(*arguments)
+
+    train_gpt.validate = slow
+
+
+@pytest.mark.slow
+def test_a_signal_in_a_long_validation_waits_for_it(trainer):  # noqa: F811
+    done = trainer.run("patient", ranks=2, patch=second_validation_is_slow)
+    assert done.codes == [0, 0], done.err
+    assert "stopped after step 3 of 7" in done.out

@@ -190,7 +190,8 @@ class StopSignal:
     A context manager. Python allows signal handlers in the main thread only; in another thread it installs none.
 
     A rank that died or hangs inside a collective leaves the main thread of the others in torch, where no handler runs. So a
-    thread also hears of signals. If the step is not over when it should be, it ends the process.
+    thread also hears of signals. If the step is not over when it should be, it ends the process. Inside `pause`, as during
+    a validation, no time counts.
     """
 
     LEAST_WAIT = 5.0  # seconds; three times the longest step so far if that is more
@@ -200,6 +201,7 @@ class StopSignal:
         self._asked: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
         self._agreed = threading.Event()
+        self._paused = False
         self._step_began, self._longest = time.monotonic(), 10.0  # until a step has told how long one takes
         self._first_step = True
         self._pipe: tuple[int, int, int] | None = None  # read end, write end, the file that heard of signals before
@@ -232,12 +234,27 @@ class StopSignal:
         while number := os.read(signals, 1):
             if number[0] not in (signal.SIGINT, signal.SIGTERM):
                 continue
-            wait = max(self.LEAST_WAIT, 3 * self._longest)
-            if not self._agreed.wait(wait):
+            wait = left = max(self.LEAST_WAIT, 3 * self._longest)
+            while left > 0 and not self._agreed.wait(0.1):
+                left -= 0.0 if self._paused else 0.1
+            if not self._agreed.is_set():
                 late = f"the step was not over {wait:.0f} s after {signal.Signals(number[0]).name}"
                 advice = "another rank may have died; --resume auto continues from the newest checkpoint"
                 print(f"train_gpt: rank {self._ranks.rank}: {late}: {advice}", file=sys.stderr, flush=True)
                 os._exit(LostRankError.exit_code)
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """While this lasts, a step is not late."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
+
+    def finish(self) -> None:
+        """No step follows, so none can be late."""
+        self._agreed.set()
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self._asked and number == signal.SIGINT:  # a second Ctrl-C does not wait for the step
