@@ -13,8 +13,10 @@
 #
 #   sbatch --nodes=4 scripts/slurm.sh --config configs/mvr1_b512.py [--key value ...]
 #
-# 300 seconds before the job's time is over (and when it is preempted) Slurm signals the tasks. torchrun passes the signal on
-# to its ranks. They save a checkpoint, leave the marker runs/<run>/requeue and end; this script then requeues the job. A rank that dies is restarted by torchrun up to RESTARTS times. --resume auto continues in each case.
+# 300 seconds before the job's time is over (and when it is preempted) Slurm signals the tasks. torchrun passes
+# the signal on to its ranks. They save a checkpoint, leave the marker runs/<run>/requeue and end; this script
+# then requeues the job. A rank that dies is restarted by torchrun up to RESTARTS times. --resume auto continues
+# in each case.
 set -uo pipefail
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"
 python=${PYTHON:-.venv/bin/python}

@@ -211,7 +211,7 @@ BAD_FILES = {
         (b'{"text": "\\ud800"}\n', "a.jsonl:1: half a surrogate pair"),
     ],
     "a.parquet": [(b"PAR1 no", "a.parquet: after row 0: not a readable parquet file"), (b"", "a.parquet: ")],
-    "a.pdf": [(b"%PDF", "a.pdf: is none of .txt, .jsonl, .parquet")],
+    "a.pdf": [(b"%PDF", "a.pdf: is not one of .txt, .jsonl, .parquet")],
 }
 
 
