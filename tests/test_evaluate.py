@@ -152,7 +152,7 @@ def test_what_is_refused(run, tmp_path):
         ("one.bin", "has 1 tokens, and it takes 2"),
         ("bytes", "its tokens are gpt2, and those of .* bytes; give text"),
         ("a.txt", "an empty document"),
-        ("b.pdf", "is none of .txt"),
+        ("b.pdf", "is not one of .txt"),
         ("none.bin", "no such shard"),
         ("none", "no such file"),
     ]:
