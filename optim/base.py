@@ -165,7 +165,8 @@ class LayerwiseOptimizer(Optimizer):
             calls: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
             for p in group["params"]:
                 state = self.state[p]
-                state["pending"] = p.grad is not None or self._counts_as_zero(p, corrected)
+                # A gradient that is missing in one pass alone is 0.
+                state["pending"] = p.grad is not None or corrected.get(p, False)
                 if not state["pending"]:
                     continue
                 past = self._advance(group, state)
@@ -187,10 +188,6 @@ class LayerwiseOptimizer(Optimizer):
     def fold_new(self, group: Group, buffers: Buffers, past: dict[str, float], gradients: list[Tensor]) -> None:
         """As `fold`, after an old gradient was folded (see `optim.mvr`)."""
         raise NotImplementedError
-
-    def _counts_as_zero(self, p: Tensor, corrected: dict[Tensor, bool]) -> bool:
-        """Whether a missing gradient is a gradient of 0, because there was one in the other pass."""
-        return corrected.get(p, False)
 
     def _advance(self, group: Group, state: dict[str, Any]) -> dict[str, float]:
         """Count one more gradient. Returns β_k for each buffer: β W_{k-1} / W_k with W_k = β W_{k-1} + 1 - β.
