@@ -16,7 +16,7 @@ from experiments.statistics import BUDGETS, Curve, difference, interval, largest
 from training.curves import curve
 from training.optimizers import is_deferred, optimizer_class
 
-CONFIG = "configs/quickstart_gluon.py"  # the mini scale
+CONFIG = "configs/mini_gluon.py"  # the mini scale
 RESULTS = ROOT / "results"
 RUNS = ROOT / "runs"
 UNITS = {"updates": "updates", "passes": "gradients", "seconds": "s"}

@@ -10,7 +10,7 @@ and the curves are compared at equal updates. The same is done at equal gradient
 variants take two gradients a step. Figures 1 and 2 show MVR-1 at B = 512 and B = 128, figure 3 MVR-2, figure 4 MVR-3 at
 q = 0.5 and α = 0.8, in both readings of α. Where a caption gives no β or q, the figure shows several instead of a choice.
 
-`full` is GPT-124M on FineWeb-10B (configs/gluon_b512.py). `mini` is the byte model of configs/quickstart_gluon.py at lr 2.5e-4:
+`full` is GPT-124M on FineWeb-10B (configs/gluon_b512.py). `mini` is the byte model of configs/mini_gluon.py at lr 2.5e-4:
 8 sequences a step stand for B = 512, 2 for B = 128. A seed is the initial weights and the order of the data, the same for all
 arms. Differences are paired by seed, with 95% intervals (Student's t). At mini scale the baseline runs twice as long, as far as
 the text goes, so that a variant's end is compared with the Gluon that has used as many gradients.
@@ -35,8 +35,8 @@ from training.config import Config, load_config
 from training.metrics import PEAK_FLOPS
 
 LR = 2.5e-4
-TEXT_STEPS = {8: 5500, 2: 22000}  # the embedded text is not longer
-ASSUMED_TOKENS = 8000  # a second and gradient on one core
+TEXT_STEPS = {8: 11000, 2: 44000}  # the embedded text is not longer
+ASSUMED_TOKENS = 14000  # a second and gradient on one core
 PEAK, SHARE = PEAK_FLOPS["H100"], 0.4  # and how much of it is assumed
 SHARD = 100_000_000
 

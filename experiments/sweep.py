@@ -6,7 +6,7 @@
     python -m experiments.sweep --methods torch.optim:Muon --lr 5e-3     any torch.optim.Optimizer (docs/compare.md)
     python -m experiments.sweep --plan                   say what would run next
 
-The model is the byte model of configs/quickstart_gluon.py with 8 sequences a step and a constant lr. Every method has 16
+The model is the byte model of configs/mini_gluon.py with 8 sequences a step and a constant lr. Every method has 16
 trials on one seed that no evaluation uses: the recipe (lr 2.5e-4, β 0.9, q 0.5, γ 0.1; for AdamW and Muon lrs of their own)
 and 15 of a Latin hypercube, with the same draws for all methods. The lr is log-uniform over a factor of 16, 1-β log-uniform
 from 0.05 to 0.95, q uniform from 0.2 to 0.95, γ log-uniform from 0.02 to 0.5; a method uses the knobs that it has. Trials are
