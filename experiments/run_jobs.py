@@ -1,15 +1,17 @@
-"""Runs of train_gpt.py as subprocesses, a few at a time: started, resumed, skipped if they are done, and packed.
+"""Runs of train_gpt.py, a process each and a few at a time: started, resumed, skipped if they are done, and packed.
 
 A run writes to runs/, which is not kept. What it measured is packed: one file per arm of a study, one line of JSON per run,
 with the run's name, config, environment and metrics. A packed run counts as done, so a study can go on without runs/.
 """
 
 import json
+import multiprocessing
 import os
+import runpy
 import shlex
 import signal
-import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterable, Mapping
@@ -156,7 +158,10 @@ def run_all(jobs: list[Job], at_once: int) -> None:
         raise UserError(wrong)
     waiting = [job for job in jobs if not job.finished()]
     print(f"{len(jobs)} runs: {len(jobs) - len(waiting)} done, {len(waiting)} to run", flush=True)
-    running: set[subprocess.Popen] = set()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    forkserver = multiprocessing.get_context("forkserver")
+    forkserver.set_forkserver_preload(["train_gpt", "torch._dynamo"])  # imported once, which takes as long as 100 updates
+    running: set[multiprocessing.process.BaseProcess] = set()
     failed, packing = threading.Event(), threading.Lock()
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: the runs are stopped too
@@ -165,21 +170,21 @@ def run_all(jobs: list[Job], at_once: int) -> None:
         if failed.is_set():
             return
         started = time.monotonic()
-        process = subprocess.Popen(
-            job.command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=_environment()
-        )
-        running.add(process)
-        try:
-            _, errors = process.communicate()
-        finally:
-            running.discard(process)
-        if failed.is_set():
-            return
-        lines = errors.strip().splitlines()
+        with tempfile.NamedTemporaryFile("r") as errors:
+            process = forkserver.Process(target=_train, args=(job.command, errors.name))
+            process.start()
+            running.add(process)
+            try:
+                process.join()
+            finally:
+                running.discard(process)
+            if failed.is_set():
+                return
+            lines = errors.read().strip().splitlines()
         last = lines[-1] if lines else "no message"
-        if process.returncode and _diverged(last):
+        if process.exitcode and _diverged(last):
             (job.folder / "diverged.txt").write_text(last.removeprefix("train_gpt: ") + "\n")
-        elif process.returncode:
+        elif process.exitcode:
             failed.set()
             raise UserError(f"{relative(job.folder)} failed: {last}")
         state = job.state()
@@ -219,5 +224,12 @@ def _diverged(message: str) -> bool:
     return message.startswith("train_gpt: ") and any(word in message for word in (" is nan", " is inf", "not finite"))
 
 
-def _environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+def _train(command: list[str], errors: str) -> None:
+    """In a process of its own: what `command` does, with what it says last in a file."""
+    os.chdir(ROOT)
+    for name, stream in ((os.devnull, 1), (errors, 2)):
+        os.dup2(os.open(name, os.O_WRONLY), stream)
+    if command[1] != "train_gpt.py":
+        os.execv(command[0], command)  # a launcher of several ranks
+    sys.argv = command[1:]
+    runpy.run_path("train_gpt.py", run_name="__main__")

@@ -332,7 +332,7 @@ def test_dry_run(figure, scale, tmp_path, capsys):
     if scale == "full" and figure == 3:
         assert "10,199" in text and "2,673,868,800" in text and "8 GPUs" in text
     if scale == "mini" and figure == 4:
-        assert "5,500" in text and "5,999" in text
+        assert "6,000" in text and "5,999" in text
     assert not (tmp_path / "results").exists()
 
 
