@@ -12,8 +12,8 @@ q = 0.5 and α = 0.8, in both readings of α. Where a caption gives no β or q, 
 
 `full` is GPT-124M on FineWeb-10B (configs/gluon_b512.py). `mini` is the byte model of configs/mini_gluon.py at lr 2.5e-4:
 8 sequences a step stand for B = 512, 2 for B = 128. A seed is the initial weights and the order of the data, the same for all
-arms. Differences are paired by seed, with 95% intervals (Student's t). At mini scale the baseline runs twice as long, as far as
-the text goes, so that a variant's end is compared with the Gluon that has used as many gradients.
+arms. Differences are paired by seed, with 95% intervals (Student's t). At mini scale the baseline of figures 1 to 3 runs twice
+as long, so that a variant's end is compared with the Gluon that has used as many gradients.
 
 Runs go to runs/figures/, and their records to results/figures/. Mini seconds are calibrated (experiments.calibrate).
 Everything after `--` goes to train_gpt.py.
@@ -54,20 +54,21 @@ MVR3 = tuple(
 
 @dataclass(frozen=True)
 class Figure:
-    """`batch`: sequences a step at mini and at full scale. `steps`: updates at mini scale."""
+    """`batch`: sequences a step at mini and at full scale. `steps`, `baseline_steps`: updates at mini scale."""
 
     title: str
     batch: Mapping[str, int]
     variants: tuple[Arm, ...]
-    steps: int
+    steps: int = 1000
+    baseline_steps: int = 2000
 
 
 B512, B128 = {"mini": 8, "full": 512}, {"mini": 2, "full": 128}
 FIGURES = {
-    1: Figure("Figure 1: Gluon and MVR-1, B = 512", B512, MVR1, 1000),
-    2: Figure("Figure 2: Gluon and MVR-1, B = 128", B128, MVR1, 1000),
-    3: Figure("Figure 3: Gluon and MVR-2, B = 512", B512, MVR2, 1000),
-    4: Figure("Figure 4: Gluon and MVR-3, B = 512", B512, MVR3, 3000),
+    1: Figure("Figure 1: Gluon and MVR-1, B = 512", B512, MVR1),
+    2: Figure("Figure 2: Gluon and MVR-1, B = 128", B128, MVR1),
+    3: Figure("Figure 3: Gluon and MVR-2, B = 512", B512, MVR2),
+    4: Figure("Figure 4: Gluon and MVR-3, B = 512", B512, MVR3, 3000, 3000),
 }
 
 
@@ -94,7 +95,7 @@ def plan(number: int, scale: str, seeds: int, steps: int | None, folders: Folder
     arms = tuple(replace(arm, options={**arm.options, **common, **extra}, config=config) for arm in (GLUON, *figure.variants))
     lengths = {arm.key: length for arm in arms}
     if scale == "mini":
-        lengths["gluon"] = max(length, min(2 * length, TEXT_STEPS[batch]))
+        lengths["gluon"] = min(length * figure.baseline_steps // figure.steps, TEXT_STEPS[batch])
     place = Path("figures") / scale / f"b{batch}"
     title = f"{figure.title}, {scale} scale"
     return Comparison(title, arms, tuple(range(seeds)), lengths, folders.runs / place, folders.results / place, launcher)

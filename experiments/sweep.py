@@ -41,7 +41,7 @@ from training.optimizers import accepted, optimizer_class
 
 TRIALS, SURVIVORS = 16, (16, 8, 4)  # of each rung
 TUNING_SEED = 1000
-TUNE_STEPS, EVALUATE_STEPS = 336, 1000
+TUNE_STEPS, EVALUATE_STEPS = 200, 600
 BATCH = 8
 
 

@@ -332,7 +332,7 @@ def test_dry_run(figure, scale, tmp_path, capsys):
     if scale == "full" and figure == 3:
         assert "10,199" in text and "2,673,868,800" in text and "8 GPUs" in text
     if scale == "mini" and figure == 4:
-        assert "6,000" in text and "5,999" in text
+        assert "3,000" in text and "5,999" in text
     assert not (tmp_path / "results").exists()
 
 
@@ -451,7 +451,7 @@ def test_the_sweep_to_its_leaderboard(tmp_path, monkeypatch, capsys):
     text = leaderboard.leaderboard(figures.Folders(tmp_path / "runs", results)).splitlines()
     assert text[2].startswith("| MVR-2 |") and {line.split(" | ")[0] for line in text[3:]} == {"| Gluon", "| Muon"}
     assert "`python -m experiments.sweep --evaluate --methods torch.optim:Muon`" in "".join(text)
-    assert "| 1,000 | 1,999 | 1,000 | -0.100 [-0.100, -0.100] **better** |" in text[2]
+    assert "| 600 | 1,199 | 600 | -0.100 [-0.100, -0.100] **better** |" in text[2]
     capsys.readouterr()
 
 
