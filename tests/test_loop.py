@@ -12,13 +12,13 @@ import torch
 from optimizers import ALL, Net, batch, make
 from test_reliability import at_step, on_rank
 from torch.utils._python_dispatch import TorchDispatchMode
-from train_runs import data, trainer  # noqa: F401
+from train_runs import TINY, data, trainer  # noqa: F401
 
 import train_gpt
 from model import GPT, GPTConfig
 from training import numerics
 from training.checkpoint import Position
-from training.config import Config
+from training.config import Config, load_config
 from training.finite import FiniteGuard
 from training.metrics import Progress, peak_flops
 from training.ranks import Ranks, StopSignal
@@ -124,6 +124,15 @@ def test_recompilations_are_counted():
     assert line() == ""
     net(torch.ones(4, 3))
     assert "compiled 1 more times" in line()
+
+
+@pytest.mark.slow
+def test_the_warm_up_compiles_the_graph_of_training(data, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """Else a run compiles its model twice, the second time while its clock runs."""
+    monkeypatch.setattr(numerics, "compiled", lambda model, *_: torch.compile(model, dynamic=False, backend="eager"))
+    words = [word for pair in TINY.items() for word in pair]
+    train_gpt.train(load_config([*words, f"--data-dir={data}", f"--results-dir={tmp_path}", "--run-name=graphs"]))
+    assert "compiled" not in capsys.readouterr().out
 
 
 def test_a_runs_switches_are_put_back():
