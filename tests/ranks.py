@@ -2,7 +2,6 @@
 
 import contextlib
 import faulthandler
-import multiprocessing
 import os
 import pickle
 import tempfile
@@ -13,8 +12,7 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-# What the server that forks the processes of all tests has imported.
-PRELOAD = ["torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "torch._inductor", "train_gpt"]
+from forked import context
 
 
 class Ranks:
@@ -57,17 +55,13 @@ class Ranks:
         return [answers[rank][1] for rank in range(self.world)]
 
     def _start(self) -> None:
-        # A server that has imported torch once forks the ranks, where the platform allows it.
-        method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-        context = multiprocessing.get_context(method)
-        if method == "forkserver":
-            context.set_forkserver_preload(PRELOAD)
+        forks = context()
         handle, meeting = tempfile.mkstemp()
         os.close(handle)
         os.unlink(meeting)
         for rank in range(self.world):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self.world, meeting, theirs, self.timeout), daemon=True)
+            ours, theirs = forks.Pipe()
+            process = forks.Process(target=_serve, args=(rank, self.world, meeting, theirs, self.timeout), daemon=True)
             process.start()
             theirs.close()
             self._processes.append(process)

@@ -2,12 +2,12 @@
 
 import json
 import os
-import subprocess
 import sys
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from hub_server import UploadServer
@@ -239,7 +239,7 @@ def push(tmp_path, endpoint, **environment):
         **environment,
     }
     words = [sys.executable, "-m", "scripts.export", str(run), "--out", str(tmp_path / "out"), "--push-to-hub", "user/ours"]
-    return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    return forked.run(words, cwd=ROOT, env=environment)
 
 
 @pytest.mark.slow

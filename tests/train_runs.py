@@ -1,11 +1,9 @@
 """Runs of the trainer in real processes, forked from one that has imported torch: a run costs a second and not ten."""
 
 import json
-import multiprocessing
 import os
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ranks import PRELOAD
+from forked import context, redirect
 from safetensors.numpy import load_file
 
 from data.shards import write_shard
@@ -69,10 +67,6 @@ class Running:
     """A run under way: one process per rank."""
 
     def __init__(self, folder: Path, words: list[str], ranks: int, patch: Callable[[], None] | None, env: dict) -> None:
-        method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-        context = multiprocessing.get_context(method)
-        if method == "forkserver":
-            context.set_forkserver_preload(PRELOAD)
         self.folder = folder
         self._logs = folder.parent / f"{folder.name}.log-{time.monotonic_ns()}"
         self._logs.mkdir(parents=True)
@@ -81,7 +75,7 @@ class Running:
             common = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
             places = [{"RANK": str(r), "LOCAL_RANK": str(r), "LOCAL_WORLD_SIZE": str(ranks), **common} for r in range(ranks)]
         self.processes = [
-            context.Process(target=_train, args=(words, place | env, self._logs / str(i), patch))
+            context().Process(target=_train, args=(words, place | env, self._logs / str(i), patch))
             for i, place in enumerate(places)
         ]
         for process in self.processes:
@@ -154,10 +148,7 @@ class Trainer:
 def _train(words: list[str], environment: dict[str, str], log: Path, patch: Callable[[], None] | None) -> None:
     import torch
 
-    for number, name in ((1, "out"), (2, "err")):
-        descriptor = os.open(f"{log}.{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(descriptor, number)
-    sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+    redirect(log)
     os.environ.update(environment, OMP_NUM_THREADS="1")
     torch.set_num_threads(1)
 
