@@ -14,7 +14,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # not needed where `optim` is installed
 from optim import Gluon, GluonMVR1, GluonMVR2, GluonMVR3, PreviousBatchMVR, SingleBatchMVR
 
-STEPS, ROWS, MICRO = 30, 16, 8  # steps, samples of a batch, samples of a micro-batch
+STEPS, ROWS, MICRO = 20, 16, 8  # steps, samples of a batch, samples of a micro-batch
 OPTIMIZERS = {
     "gluon": (Gluon, {}),
     "mvr1": (GluonMVR1, {"gamma": 0.2}),

@@ -1,6 +1,7 @@
 """Python commands as processes forked from one that has imported torch: a command costs a second and not the seconds of an
 import."""
 
+import atexit
 import multiprocessing
 import os
 import runpy
@@ -82,7 +83,10 @@ def _command(words: list[str], place: str, environment: dict[str, str], log: Pat
     os.chdir(place)
     os.environ.clear()
     os.environ.update(environment, OMP_NUM_THREADS="1")
-    execute(words)
+    try:
+        execute(words)
+    finally:
+        atexit._run_exitfuncs()  # as an interpreter's end does
 
 
 def execute(words: list[str]) -> None:

@@ -6,15 +6,16 @@ import io
 import itertools
 import os
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 from unittest import mock
 
+import forked
 import pytest
 import torch
 from reference import trajectory
 from torch.func import functional_call
+from train_runs import free_port
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 import plain_pytorch
@@ -235,19 +236,22 @@ def test_lightning_resumes_exactly(plain, variant, tmp_path):
 
 
 def run_script(script, save, processes):
-    """What a script prints; one that needs one process runs in this one, where torch is loaded already."""
+    """What a script prints; one that needs one process runs in this one, the others as torchrun would start them."""
     path = ROOT / "examples" / f"{script}.py"
     if processes == 1:
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed), mock.patch.object(sys, "argv", [str(path), "--save", str(save)]):
             runpy.run_path(str(path), run_name="__main__")
         return printed.getvalue()
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [*launcher, str(ROOT / "tests" / "shutdown.py"), str(path), "--save", str(save)]
-    result = subprocess.run(command, cwd=ROOT.parent, env=environment, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result.stdout
+    meeting = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    command = [sys.executable, str(ROOT / "tests" / "shutdown.py"), str(path), "--save", str(save)]
+    ranks = [
+        forked.Popen(command, ROOT.parent, {**os.environ, **meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(processes)
+    ]
+    printed, errors = zip(*(rank.communicate() for rank in ranks), strict=True)
+    assert [rank.returncode for rank in ranks] == [0] * processes, "".join(errors)[-3000:]
+    return "".join(printed)
 
 
 @pytest.mark.slow
