@@ -3,6 +3,7 @@
 import json
 import math
 import statistics
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -193,7 +194,14 @@ def body(comparison: Comparison, speed: Mapping[str, Any] | None, picture: str, 
         f"Seeds {seeds}; {machine.get('device', 'an unknown machine')}, {machine.get('threads', '?')} thread(s) a run, "
         f"torch {machine.get('torch', '?')}; seconds are {'calibrated' if speed else 'measured in the runs'}."
     )
-    return "\n".join([table(rows), *(f"- {note}" for note in notes), "", made, "", f"![{comparison.title}]({picture})"])
+    points = [_wrapped(note, "- ", "  ") for note in notes]
+    return "\n".join([table(rows), *points, "", _wrapped(made), "", f"![{comparison.title}]({picture})"])
+
+
+def _wrapped(text: str, first: str = "", rest: str = "") -> str:
+    return textwrap.fill(
+        text, 100, initial_indent=first, subsequent_indent=rest, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def write(comparison: Comparison, speed: Mapping[str, Any] | None, out: Path, notes: list[str]) -> str:

@@ -43,7 +43,7 @@ def sections(folders: Folders) -> dict[str, str]:
     found = {"leaderboard": leaderboard(folders)}
     for number, figure in FIGURES.items():
         comparison = figures.plan(number, "mini", 5, None, folders, {})
-        if comparison.curves(comparison.baseline):
+        if comparison.curves(comparison.baseline) and any(map(comparison.curves, comparison.arms[1:])):
             speed = read_speed(_calibration(folders), figure.batch["mini"], comparison.arms)
             found[f"mini figure {number}"] = figures.page_of(comparison, number, "mini", speed)
         else:
