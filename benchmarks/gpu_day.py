@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu_day --out gpu_day --budget 560
 
-Sections run in the order of their worth, each in a process of its own that ends at its deadline. `gpu_day.md` and
+The most useful sections run first, each in a process of its own that ends at its deadline. `gpu_day.md` and
 `gpu_day.json` are rewritten after each; the table of passes and failures is also printed last. It makes its own data, and needs
 torch, numpy, safetensors, filelock and tqdm. Where compilation fails, it goes on eagerly. `--device cpu --quick` runs every
 section at toy size. Exit code 0 if nothing failed.
@@ -413,7 +413,7 @@ def runs(lab: Lab) -> None:
 
 
 def side_by_side(commands: dict[str, list[str]]) -> dict[str, tuple[int, str]]:
-    """Run these at once. Returns the exit code and the output of each; none outlives this call."""
+    """Run these at the same time. Returns the exit code and output of each; none outlives this call."""
     started = {}
     for name, command in commands.items():
         started[name] = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -435,7 +435,7 @@ class Section(NamedTuple):
     share: float  # of the budget: its deadline
 
 
-# In the order of their worth. The shares sum to more than 1: most sections end long before their deadline.
+# The most useful first. The shares sum to more than 1: most sections end long before their deadline.
 SECTIONS = [
     Section(environment, 0.1), Section(optimizers, 0.15), Section(polar_factor, 0.1), Section(ranks, 0.15),
     Section(compilation, 0.3), Section(throughput, 0.2), Section(steps, 0.25), Section(kernels, 0.2), Section(runs, 0.4),
@@ -460,7 +460,7 @@ def work(section: Section, device: str, quick: bool, answers: Connection) -> Non
 
 
 def run_section(section: Section, device: str, quick: bool, seconds: float) -> dict[str, Any]:
-    """Its notes and checks, those before an error or the deadline included."""
+    """Its notes and checks, including those made before an error or the deadline."""
     context = multiprocessing.get_context("fork")  # this process has imported torch, and never touches the device
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=work, args=(section, device, quick, theirs))
@@ -488,7 +488,7 @@ def run_section(section: Section, device: str, quick: bool, seconds: float) -> d
 
 
 def end(process: Any, at_once: bool) -> None:
-    """Let a section's process end, and whatever is left of the group of processes that it leads."""
+    """End a section's process and what is left of the process group that it leads."""
     if not at_once:
         process.terminate()
     process.join(10)

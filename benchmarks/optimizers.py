@@ -1,4 +1,4 @@
-"""One optimizer step on the matrices of a GPT: ours and torch's Muon in turns, beside the matrix products alone.
+"""One optimizer step on the matrices of a GPT: ours and torch's Muon in turns, and the matrix products alone.
 
     python -m benchmarks.optimizers                    small GPTs on a CPU; GPT-124M where there is CUDA
 

@@ -92,7 +92,7 @@ def all_reduce_seconds(size: int, world: int, machine: Machine) -> float:
 def step_seconds(
     config: GPTConfig, sequences: float, world: int, passes: int, group: int, machine: Machine = Machine()
 ) -> dict[str, float]:
-    """The parts of a step with so many sequences a GPU. `group`: the ranks that share the optimizer's work.
+    """The parts of a step, given the sequences per GPU. `group`: the ranks that share the optimizer's work.
 
     The reduction of gradients hides behind the backward pass as far as it goes; the exchange hides behind nothing.
     """
@@ -111,7 +111,7 @@ def step_seconds(
 
 
 def exchange_table(config: GPTConfig) -> str:
-    """What the exchange costs where so many ranks share the work: the bytes are exact."""
+    """What the exchange costs by the number of ranks that share the work. The bytes are exact."""
     rows = [["ranks", "all-gathers", "MB sent by a rank", "MB received", "of it padding", "exchange, ms", "polar factors, ms"]]
     blocks, (vocabulary, width) = shapes(config)
     useful = sum(count * m * k * 2 for (m, k), count in blocks.items()) + vocabulary * width

@@ -284,7 +284,7 @@ def api_document(value: object, key: str) -> Document:
 
 
 def in_parts(document: Document, characters: int = API_CHARACTERS) -> Iterator[Document]:
-    """A long document in parts of about so many characters, lest one API be a fifth of the validation split."""
+    """A long document in parts of about this size, so that no single API becomes a fifth of the validation split."""
     part: Document = []
     size = 0
     for block in document:
@@ -675,7 +675,7 @@ def deduplicate(documents: Iterable[Document], seen: set[bytes], record: Record)
 
 
 def gather(sources: list[Source], downloads: Path, say: Callable[[str], None]) -> tuple[list[Record], list[list[str]]]:
-    """Records and texts of the sources that are there, in their order; `say` is told of the others."""
+    """Records and texts of the sources that are there, in their order; `say` reports the others."""
     from tqdm import tqdm
 
     downloads.mkdir(parents=True, exist_ok=True)

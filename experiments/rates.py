@@ -9,7 +9,7 @@ bound the mean dual norm of the gradient by O(K^-1/4) for Gluon and O(K^-1/3) fo
 f - f* by Õ(K^-1/3) for Muon and Õ(K^-1/2) for Muon-MVR in the star-convex case. This script runs every method at
 horizons K = 2^6 ... 2^16, each with the step sizes that the theory prescribes *for that K*, and fits the slope of the
 error against K on log-log axes. It is a reference implementation: the recursion in `simulate` is the formula, in
-float64 with the exact polar factor, and shares no code with the optimizers it stands beside.
+float64 with the exact polar factor, and shares no code with the optimizers in `optim`.
 
 **Notation.** alpha = 1 - beta weighs the new gradient, gamma scales the correction, t is the step, b the weight decay:
 
@@ -79,9 +79,9 @@ whether a gap in slope comes from the prescribed powers of K alone. And the rang
 
 **Statistics.** 16 seeds (the start and the noise; the noise is shared between the methods, independent between
 horizons). Least-squares slope of log(mean over seeds) against log K; 95% percentile interval from 10,000 bootstrap
-resamples of the seeds, joint over horizons and methods, so that differences are paired. The interval knows
-the seeds' scatter only, neither the curvature of the line nor the choice of problem and constants: hence the slope of the
-upper half (K >= 2^11) beside it and the local slopes in the picture. The mean dual norm is taken over 1024 evenly
+resamples of the seeds, joint over horizons and methods, so that differences are paired. The interval covers
+only the scatter between seeds, not the curvature of the line or the choice of problem and constants. So the table also has
+the slope of the upper half (K >= 2^11), and the picture has the local slopes. The mean dual norm is taken over 1024 evenly
 spaced steps where K is larger.
 """
 

@@ -3,7 +3,7 @@
     python -m scripts.compare runs/gluon_b512 runs/mvr1_b512
     python -m scripts.compare runs/* --watch                    again every 10 seconds while runs go on
 
-Runs that differ in their seed alone are drawn as one: the mean, in a band from the lowest to the highest.
+Runs that differ only in their seed are drawn as one: their mean, with a band from the lowest to the highest.
 """
 
 import json
@@ -268,7 +268,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/compare.html"), help="the page (default: %(default)s)")
     parser.add_argument("--title", default="Runs", help="its heading (default: %(default)s)")
     parser.add_argument(
-        "--watch", nargs="?", type=float, const=10.0, metavar="SECONDS", help="do it again every so many seconds (10)"
+        "--watch", nargs="?", type=float, const=10.0, metavar="SECONDS", help="repeat after this many seconds (default: 10)"
     )
     arguments = parser.parse_args(argv)
     if arguments.out.suffix != ".html":

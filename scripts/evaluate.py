@@ -33,7 +33,7 @@ _TOKENS_AT_ONCE = 8192
 
 @dataclass(frozen=True)
 class Tokens:
-    """A stream of tokens: how many, how to read [start, stop) of them, and of which encoding they are, if that is known."""
+    """A stream of tokens: how many there are, how to read [start, stop) of them, and their encoding if it is known."""
 
     name: str
     count: int
@@ -155,7 +155,7 @@ def main(argv: list[str]) -> None:
         ".jsonl, .parquet); default: the data of the run, as much as it validates on",
     )  # fmt: skip
     parser.add_argument("--split", default="val", choices=("val", "train"), help="of a folder of shards (default: %(default)s)")
-    parser.add_argument("--tokens", type=int, help="at most so many predictions (default: all)")
+    parser.add_argument("--tokens", type=int, help="the most predictions to make (default: all)")
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu", "mps"))
     parser.add_argument(
         "--dtype", default="float32", choices=("float32", "bfloat16"), help="bfloat16 is autocast (default: %(default)s)"

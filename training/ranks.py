@@ -190,7 +190,7 @@ class StopSignal:
     A context manager. Python allows signal handlers in the main thread only; in another thread it installs none.
 
     A rank that died or hangs inside a collective leaves the main thread of the others in torch, where no handler runs. So a
-    thread also hears of signals. If the step is not over when it should be, it ends the process. Inside `pause`, as during
+    thread also listens for signals. If the step is not over when it should be, it ends the process. Inside `pause`, as during
     a validation, no time counts.
     """
 
@@ -204,7 +204,7 @@ class StopSignal:
         self._paused = False
         self._step_began, self._longest = time.monotonic(), 10.0  # until a step has told how long one takes
         self._first_step = True
-        self._pipe: tuple[int, int, int] | None = None  # read end, write end, the file that heard of signals before
+        self._pipe: tuple[int, int, int] | None = None  # read end, write end, the wakeup file from before
 
     def __enter__(self) -> "StopSignal":
         if threading.current_thread() is threading.main_thread():

@@ -1,8 +1,8 @@
-"""Weights & Biases and TensorBoard beside metrics.jsonl. Whatever happens to them, training goes on.
+"""Weights & Biases and TensorBoard, in addition to metrics.jsonl. Training continues whatever happens to them.
 
-A tracker is started, fed and ended on a thread of its own. Training only puts lines into that thread's queue. A tracker that
-is not installed, fails, or is so slow that its queue is full costs its lines and one warning. The lines of metrics.jsonl are
-written by training itself and are complete.
+A tracker is started, fed and ended on a thread of its own. Training only puts lines into that thread's queue. If a
+tracker is not installed, fails, or is so slow that its queue is full, its lines are lost and one warning is printed. Training
+itself writes metrics.jsonl, which is complete.
 """
 
 import queue
@@ -19,7 +19,7 @@ from training.config import Config
 
 
 class Service(Protocol):
-    """What a tracker of others offers; that of W&B is a run of theirs."""
+    """What a tracker must offer. A run of W&B does."""
 
     def log(self, values: dict[str, Any]) -> object:
         """Take one line."""
@@ -31,8 +31,8 @@ class Service(Protocol):
 class Tracker:
     """Hands lines to a service that `start` makes. All calls of the service come from one daemon thread."""
 
-    LINES = 1000  # that wait at most
-    END_SECONDS = 30.0  # for which the end of a run waits at most
+    LINES = 1000  # the most that may wait
+    END_SECONDS = 30.0  # the most that the end of a run waits
 
     def __init__(self, name: str, start: Callable[[], Service]) -> None:
         self._name, self._start = name, start
@@ -53,7 +53,7 @@ class Tracker:
             self._dropping = True
 
     def close(self) -> None:
-        """End the service; where that takes too long, it is left to itself."""
+        """End the service. If that takes too long, leave it running."""
         with suppress(queue.Full):
             self._queue.put(None, timeout=0 if self._gone else self.END_SECONDS)
         self._thread.join(self.END_SECONDS)
@@ -74,7 +74,7 @@ class Tracker:
 
 
 def start_trackers(run_dir: Path, config: Config, update: int) -> list[Tracker]:
-    """Those that the config asks for. `update`: where the run goes on; TensorBoard hides older lines from it on."""
+    """The trackers that the config asks for. The run continues at `update`; TensorBoard hides older lines from there on."""
     trackers = []
     if config.wandb:
         trackers.append(Tracker("Weights & Biases", lambda: _wandb(run_dir, config)))
