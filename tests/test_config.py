@@ -416,7 +416,7 @@ def loads_or_refuses(action, *arguments) -> None:
         assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.dictionaries(NAMES, VALUES, max_size=4))
 def test_fuzz_saved_config(values):
     loads_or_refuses(Config.from_dict, values)

@@ -99,6 +99,7 @@ def assert_right(directory, files, names=(VAL, TRAIN)):
     assert sum(path.stat().st_size for path in cached) < 10_000
 
 
+@pytest.mark.slow
 def test_a_good_hub_and_a_second_call(hub, files, tmp_path):
     directory = tmp_path / "d"
     code, out, err = run(hub, directory, 2)
@@ -138,6 +139,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_that_passes_ends_in_a_right_file(hub, files, tmp_path, fault):
     said, resumed = FAULTS[fault]
@@ -151,6 +153,7 @@ def test_a_fault_that_passes_ends_in_a_right_file(hub, files, tmp_path, fault):
     assert_right(tmp_path / "d", files)
 
 
+@pytest.mark.slow
 def test_a_hub_that_redirects_to_a_cdn_and_offers_xet(hub, files, tmp_path):
     hub.cdn = True
     code, _, err = run(hub, tmp_path / "d", NO_PROXY="127.0.0.1,localhost")
@@ -164,6 +167,7 @@ def test_a_hub_that_redirects_to_a_cdn_and_offers_xet(hub, files, tmp_path):
     assert (tmp_path / "d" / TRAIN).read_bytes() == hub.files[TRAIN]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sha256_etag", [True, False])
 def test_a_fault_that_stays_leaves_no_file(hub, files, tmp_path, sha256_etag):
     hub.sha256_etag = sha256_etag
@@ -179,6 +183,7 @@ def test_a_fault_that_stays_leaves_no_file(hub, files, tmp_path, sha256_etag):
     assert_right(tmp_path / "d", files, (VAL, TRAIN, SECOND))
 
 
+@pytest.mark.slow
 def test_what_trying_again_cannot_mend_is_said_at_once(hub, files, tmp_path):
     def refused(message, **variables):
         code, _, err = run(hub, tmp_path / "d", **variables)
@@ -197,6 +202,7 @@ def test_what_trying_again_cannot_mend_is_said_at_once(hub, files, tmp_path):
     refused("HF_HUB_OFFLINE", HF_HUB_OFFLINE="1")
 
 
+@pytest.mark.slow
 def test_wrong_content_without_a_sha256_from_the_hub(hub, files, tmp_path):
     """Then the header, the size and the token range are all there is to go by."""
     hub.sha256_etag = False
@@ -206,6 +212,7 @@ def test_wrong_content_without_a_sha256_from_the_hub(hub, files, tmp_path):
     assert [path.name for path in list_shards(tmp_path / "d")] == [VAL]
 
 
+@pytest.mark.slow
 def test_two_downloads_at_once(hub, files, tmp_path):
     hub.faults[TRAIN] = ["GET reset", "GET truncate"]
     both = [start(hub, tmp_path / "d", 2) for _ in range(2)]
@@ -216,6 +223,7 @@ def test_two_downloads_at_once(hub, files, tmp_path):
     assert out.count(": downloaded,") == 3 and out.count(": already there,") == 3
 
 
+@pytest.mark.slow
 def test_a_killed_download_leaves_no_file_and_is_taken_up(hub, files, tmp_path):
     hub.faults[TRAIN] = ["GET stall"]
     process = start(hub, tmp_path / "d", HF_HUB_DOWNLOAD_TIMEOUT="30")

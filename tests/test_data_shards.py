@@ -306,6 +306,7 @@ def run_verify(directory):
     )
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path):
     directory = make_dir(tmp_path / "d")
     done = run_verify(directory)

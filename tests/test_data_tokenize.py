@@ -275,6 +275,7 @@ def test_bad_arguments(tmp_path, capsys):
     assert not list_shards(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_real_command(tmp_path):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"t": f"hello world {n}"}) + "\n" for n in range(100)))
     arguments = ["a.jsonl", "--out", "out", "--field", "t", "--val-fraction", "0.2"]
@@ -331,6 +332,7 @@ def test_the_embedded_text(tmp_path, speeches, monkeypatch):
         embedded.prepare(directory)
 
 
+@pytest.mark.slow
 def test_many_processes_prepare_the_embedded_text_at_once(tmp_path, speeches):
     program = "import sys; from data.embedded import prepare; print(prepare(sys.argv[1])); assert 'pandas' not in sys.modules"
     several = [

@@ -104,12 +104,14 @@ def test_bare_step_is_refused(variant):
 # ---- Hugging Face -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", task.ONE_PASS)
 def test_trainer(plain, variant, tmp_path):
     trainer = framework("transformers", "huggingface_trainer")
     assert_same(trainer.train(variant, str(tmp_path)), plain[variant], FLOAT32)
 
 
+@pytest.mark.slow
 def test_trainer_resumes_exactly(plain, tmp_path):
     trainer = framework("transformers", "huggingface_trainer")
     trainer.train("single_batch", str(tmp_path), save_strategy="steps", save_steps=task.STEPS // 2)
@@ -117,6 +119,7 @@ def test_trainer_resumes_exactly(plain, tmp_path):
     assert_same(resumed, plain["single_batch"], FLOAT32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", task.TWO_PASSES)
 def test_trainer_refuses_two_passes(variant, tmp_path):
     trainer = framework("transformers", "huggingface_trainer")
@@ -124,12 +127,14 @@ def test_trainer_refuses_two_passes(variant, tmp_path):
         trainer.train(variant, str(tmp_path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_accelerate(plain, variant):
     loop = framework("accelerate", "accelerate_loop")
     assert_same(loop.train(variant), plain[variant])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_accelerates_own_step_takes_the_closure(plain, variant):
     loop = framework("accelerate", "accelerate_loop")
@@ -156,6 +161,7 @@ def test_accelerates_own_step_takes_the_closure(plain, variant):
 # ---- Lightning --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_lightning_manual(plain, variant):
     script = framework("lightning", "lightning_module")
@@ -165,6 +171,7 @@ def test_lightning_manual(plain, variant):
     assert trainer.global_step == task.STEPS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_lightning_automatic(plain, variant):
     script = framework("lightning", "lightning_module")
@@ -179,6 +186,7 @@ def test_lightning_automatic(plain, variant):
     assert trainer.global_step == task.STEPS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["gluon", "mvr2"])
 def test_lightning_automatic_accumulation_is_refused(variant):
     script = framework("lightning", "lightning_module")
@@ -186,6 +194,7 @@ def test_lightning_automatic_accumulation_is_refused(variant):
         script.fit(script.Automatic(variant), accumulate_grad_batches=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", task.TWO_PASSES)
 def test_lightning_bare_step_is_refused(variant):
     script = framework("lightning", "lightning_module")
@@ -199,6 +208,7 @@ def test_lightning_bare_step_is_refused(variant):
         script.fit(Bare(variant))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_lightning_resumes_exactly(plain, variant, tmp_path):
     script = framework("lightning", "lightning_module")
