@@ -159,3 +159,49 @@ def momentum(optimizer: torch.optim.Optimizer, p: Tensor) -> Tensor:
 def rms_move(m: Tensor, lr: float) -> Tensor:
     """lr · LMO(m) in the rms norm."""
     return -lr * m / m.square().mean().sqrt()
+
+
+# ---- MuonMVR, whose loop is its caller's ------------------------------------------------------------------------------------
+
+MUON_OPTIONS: dict[str, Any] = {
+    "lr": 0.05, "momentum": 0.9, "gamma": 0.3, "weight_decay": 0.1, "adamw_betas": (0.8, 0.95), "eps": 1e-6,
+}  # fmt: skip
+
+
+class MuonNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(5, 7), nn.Linear(7, 4, bias=False)
+        self.gain = nn.Parameter(torch.ones(4))
+        self.double()
+
+    def forward(self, x, y):
+        return (self.second(torch.tanh(self.first(x))) * self.gain - y).square().mean()
+
+
+def muon_batches(count, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(count):
+        x = torch.randn(6, 5, dtype=torch.float64, generator=generator)
+        yield x, torch.randn(6, 4, dtype=torch.float64, generator=generator) + x[:, :4].sin()
+
+
+def make_muon(net, **options):
+    return MuonMVR(net.parameters(), polar="svd", **MUON_OPTIONS | options)
+
+
+def standard_loop(net, optimizer, data, in_place=False):
+    """Its README's loop 1 (MVR-3) and, with is_approx=True, 4 (MVR-1): the previous batch first, at the current weights."""
+    path, previous = [], None
+    for batch in data:
+        if previous is not None:
+            net(*previous).backward()
+            optimizer.update_last_grad()
+            optimizer.zero_grad(set_to_none=not in_place)
+        net(*batch).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        previous = batch
+        path.append(weights(net))
+    return path

@@ -115,3 +115,32 @@ def trajectory(
                 x[i] = (1 - lr(k) * decay) * x[i] + lr(k) * radii[i] * lmo(m, norms[i])
         path.append(x)
     return path
+
+
+def muon_mvr_trajectory(x, gradient, steps, last_of, settings, betas, eps):
+    """MuonMVR's weights after each step. `last_of(k, x, x_old, g_old)` is what step k compares with, or None."""
+    path, x_old, g_old = [], None, None
+    first, second = ([torch.zeros_like(w) for w in x] for _ in range(2))
+    for k, micro_batches in enumerate(steps):
+        g = gradient(x, micro_batches)
+        last = last_of(k, x, x_old, g_old)
+        x_old, g_old = x, g
+        lr, beta, gamma, decay = settings(k).values()
+        moved = []
+        for i, w in enumerate(x):
+            if w.ndim == 2:
+                c = g[i] if last is None else g[i] + gamma * beta / (1 - beta) * (g[i] - last[i])
+                if c.norm() > 1:
+                    c = c / c.norm()
+                first[i] = beta * first[i] + (1 - beta) * c
+                u, _, vh = torch.linalg.svd(first[i], full_matrices=False)
+                update = 0.2 * math.sqrt(max(w.shape)) * u @ vh
+            else:
+                first[i] = betas[0] * first[i] + (1 - betas[0]) * g[i]
+                second[i] = betas[1] * second[i] + (1 - betas[1]) * g[i] ** 2
+                m, v = first[i] / (1 - betas[0] ** (k + 1)), second[i] / (1 - betas[1] ** (k + 1))
+                update = m / (v.sqrt() + eps)
+            moved.append((1 - lr * decay) * w - lr * update)
+        x = moved
+        path.append(x)
+    return path
