@@ -6,6 +6,7 @@ with the run's name, config, environment and metrics. A packed run counts as don
 
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import runpy
 import shlex
@@ -162,7 +163,7 @@ def run_all(jobs: list[Job], at_once: int) -> None:
     forkserver = multiprocessing.get_context("forkserver")
     forkserver.set_forkserver_preload(["train_gpt", "torch._dynamo"])  # imported once, which takes as long as 100 updates
     running: set[multiprocessing.process.BaseProcess] = set()
-    failed, packing = threading.Event(), threading.Lock()
+    failed, packing, starting = threading.Event(), threading.Lock(), threading.Lock()
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: the runs are stopped too
 
@@ -172,10 +173,13 @@ def run_all(jobs: list[Job], at_once: int) -> None:
         started = time.monotonic()
         with tempfile.NamedTemporaryFile("r") as errors:
             process = forkserver.Process(target=_train, args=(job.command, errors.name))
-            process.start()
+            with starting:
+                process.start()
             running.add(process)
             try:
-                process.join()
+                multiprocessing.connection.wait([process.sentinel])
+                with starting:  # start() also asks which processes have ended, and an exit code can be read only once
+                    process.join()
             finally:
                 running.discard(process)
             if failed.is_set():
