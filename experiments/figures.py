@@ -19,14 +19,13 @@ Runs go to runs/figures/, and their records to results/figures/. Mini seconds ar
 Everything after `--` goes to train_gpt.py.
 """
 
-import argparse
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError, one_line_errors
+from common.errors import Parser, UserError, one_line_errors
 from common.tables import aligned
 from experiments.comparison import CONFIG, RESULTS, RUNS, Arm, Comparison, body, compare, read_speed, replace_section, write
 from experiments.run_jobs import GOES_ON, ROOT, run_all, words_of
@@ -221,7 +220,7 @@ def extra_options(words: list[str]) -> dict[str, str]:
 def main(argv: list[str]) -> None:
     """Plan; print, or run; draw."""
     own, extra = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
-    parser = argparse.ArgumentParser(prog="experiments.figures", description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser = Parser(prog="experiments.figures", description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--figure", type=int, choices=tuple(FIGURES), required=True)
     parser.add_argument("--scale", choices=("full", "mini"), default="full")
     parser.add_argument("--seeds", type=int, help="how many: 0, 1, … (default: 1 at full size, 5 at mini)")

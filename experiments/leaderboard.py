@@ -4,11 +4,10 @@ python -m experiments.leaderboard            rewrite what stands between the pag
 python -m experiments.leaderboard --check    say what is not what the records say; exit code 2 if anything is not
 """
 
-import argparse
 import sys
 from pathlib import Path
 
-from common.errors import UserError, one_line_errors
+from common.errors import Parser, UserError, one_line_errors
 from common.tables import markdown
 from experiments import figures, sweep
 from experiments.comparison import RESULTS, RUNS, compare, read_speed, replace_section, section
@@ -64,7 +63,7 @@ def _calibration(folders: Folders) -> Path:
 
 def main(argv: list[str]) -> None:
     """Rewrite or check the page."""
-    parser = argparse.ArgumentParser(prog="experiments.leaderboard", description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser = Parser(prog="experiments.leaderboard", description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--results", type=Path, default=RESULTS, help="where results are [results]")
     parser.add_argument("--check", action="store_true", help="change nothing")
     arguments = parser.parse_args(argv)

@@ -14,14 +14,13 @@ lr (experiments.smoothness), as the median over layers and over the second half 
 that the map is below zero above it.
 """
 
-import argparse
 import json
 import math
 import sys
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError, one_line_errors
+from common.errors import Parser, UserError, one_line_errors
 from common.files import atomic_file
 from common.jsons import jsonable
 from common.pictures import INK, LOOK, pyplot
@@ -177,7 +176,7 @@ def _place(ratio: float, weights: list[float]) -> float:
 
 def main(argv: list[str]) -> None:
     """Run what is missing, then write the maps."""
-    parser = argparse.ArgumentParser(prog="experiments.map", description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser = Parser(prog="experiments.map", description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--steps", type=int, default=STEPS, help=f"the long horizon, a multiple of {SHARE} [{STEPS}]")
     parser.add_argument("--seeds", type=int, default=1, help="how many: 0, 1, … [1]")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, one thread each [1]")

@@ -87,7 +87,6 @@ spaced steps where K is larger.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import platform
@@ -102,6 +101,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.errors import Parser, UserError, one_line_errors
 from common.machine import cpu_name
 from common.pictures import pyplot
 from common.tables import markdown
@@ -626,7 +626,7 @@ def machine() -> dict[str, str]:
 
 def main(argv: Sequence[str] | None = None) -> dict:
     """Run, or only draw again; returns the report."""
-    parser = argparse.ArgumentParser(description="measured convergence rates of Gluon and MVR", allow_abbrev=False)
+    parser = Parser(description="measured convergence rates of Gluon and MVR", allow_abbrev=False)
     parser.add_argument("--quick", action="store_true", help="K = 2^4 … 2^9 and 8 seeds: a check, not a measurement")
     parser.add_argument("--replot", action="store_true", help="tables and picture again, from rates.json")
     parser.add_argument("--seeds", type=int, default=None, help="default 16 (quick: 8)")
@@ -635,6 +635,13 @@ def main(argv: Sequence[str] | None = None) -> dict:
     parser.add_argument("--threads", type=int, default=1)
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(argv)
+    first, last = (4, 9) if args.quick else (6, 16)
+    last = last if args.max_exponent is None else args.max_exponent
+    count = (8 if args.quick else 16) if args.seeds is None else args.seeds
+    if last < first + 2:
+        raise UserError(f"--max-exponent {last} leaves fewer than three horizons; give at least {first + 2}")
+    if count < 2:
+        raise UserError(f"--seeds {count} leaves no spread to measure; give at least 2")
     torch.set_num_threads(args.threads)
     out = args.out or Path("results") / ("rates-quick" if args.quick else "rates")
     out.mkdir(parents=True, exist_ok=True)
@@ -642,10 +649,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
     if args.replot:
         report = json.loads((out / "rates.json").read_text())
     else:
-        first, last = (4, 9) if args.quick else (6, 16)
-        last = args.max_exponent or last
         horizons = [2**e for e in range(first, last + 1)]
-        seeds = list(range(args.seeds or (8 if args.quick else 16)))
+        seeds = list(range(count))
         tune_to = 2 ** ((first + last) // 2)
         tune_seeds = list(range(10_000, 10_004 if args.quick else 10_008))
         began = time.perf_counter()
@@ -670,4 +675,5 @@ def main(argv: Sequence[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors("experiments.rates"):
+        main()

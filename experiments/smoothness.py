@@ -38,7 +38,6 @@ weights, against the pool's gradient. Their error has the pool's own, of about s
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
@@ -51,7 +50,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.errors import UserError, one_line_errors
+from common.errors import Parser, UserError, one_line_errors
 from common.files import atomic_file
 from common.pictures import COLOURS, LOOK, pyplot
 from common.tables import markdown
@@ -449,7 +448,7 @@ def _short(value: object) -> object:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="experiments.smoothness", description="Layer-wise smoothness and noise along a run of Gluon.",
         epilog="Any option of train_gpt.py can be given too.", allow_abbrev=False,
     )  # fmt: skip

@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError, one_line_errors
+from common.errors import Parser, UserError, one_line_errors
 from common.jsons import jsonable
 from common.tables import markdown
 from experiments.comparison import CONFIG, RESULTS, RUNS, Arm, Comparison, read_speed, write
@@ -236,7 +236,7 @@ def evaluation(folders: Folders, seeds: int = 5, steps: int = EVALUATE_STEPS) ->
 
 def main(argv: list[str]) -> None:
     """Tune or evaluate: run what is missing, then write the tables."""
-    parser = argparse.ArgumentParser(prog="experiments.sweep", description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser = Parser(prog="experiments.sweep", description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument(
         "--methods", nargs="+", metavar="METHOD", help=f"{', '.join(METHODS)}, or package.module:Class (all that are known)"
     )

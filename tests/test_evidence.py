@@ -1,5 +1,6 @@
 """The evidence's arithmetic, against values known from elsewhere, and the studies end to end at a tiny size."""
 
+import importlib
 import json
 import math
 import re
@@ -10,7 +11,7 @@ import torch
 
 from common.errors import UserError
 from data.shards import write_shard
-from experiments import calibrate, figures, leaderboard, sweep
+from experiments import calibrate, figures, leaderboard, rates, sweep
 from experiments.comparison import Arm, Comparison, compare, curve_of, replace_section
 from experiments.controls import DoubleAverage
 from experiments.run_jobs import Job, _diverged, pack, packed_records
@@ -501,3 +502,20 @@ def test_the_leaderboard_is_what_the_records_say():
     assert not wrong, (
         f"run python -m experiments.leaderboard: {', '.join(wrong)} of results/README.md are not what the records say"
     )
+
+
+STUDIES = ["calibrate", "corpus", "diagnostics", "figures", "leaderboard", "map", "rates", "record", "smoothness", "sweep"]
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_wrong_option_is_one_line(name):
+    study = importlib.import_module(f"experiments.{name}")
+    with pytest.raises(UserError, match="--bogus|required: --figure") as caught:
+        study.main(["--bogus=1", "a"])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("words", [["--quick", "--max-exponent=2"], ["--seeds=0"]])
+def test_rates_need_horizons_and_seeds(words, tmp_path):
+    with pytest.raises(UserError, match="give at least"):
+        rates.main([*words, f"--out={tmp_path}"])
