@@ -510,7 +510,7 @@ STUDIES = ["calibrate", "corpus", "diagnostics", "figures", "leaderboard", "map"
 @pytest.mark.parametrize("name", STUDIES)
 def test_a_wrong_option_is_one_line(name):
     study = importlib.import_module(f"experiments.{name}")
-    with pytest.raises(UserError, match="--bogus|required: --figure") as caught:
+    with pytest.raises(UserError, match=r"--bogus|required: --figure") as caught:
         study.main(["--bogus=1", "a"])
     assert "\n" not in str(caught.value)
 
