@@ -1,7 +1,6 @@
 """What every layer-wise optimizer shares: options and their checks, state and state dicts, the parts of a step."""
 
 import math
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from numbers import Real
@@ -214,18 +213,15 @@ class LayerwiseOptimizer(Optimizer):
             return
         self._check_layout()
         gathering: Bucket | None = None
-        travelling: deque[Bucket] = deque()
-        for bucket in (*self._buckets(), None):
+        travelling: Bucket | None = None
+        for bucket in (*self._buckets(), None, None):
             if bucket is not None:
                 bucket.gather()
             if gathering is not None:
                 gathering.send_directions()
-                travelling.append(gathering)
-            if len(travelling) > 1:
-                travelling.popleft().move_weights()
-            gathering = bucket
-        while travelling:
-            travelling.popleft().move_weights()
+            if travelling is not None:
+                travelling.move_weights()
+            gathering, travelling = bucket, gathering
         for group in self.param_groups:
             group["pending"] = ()
             group["updates"] += 1
@@ -263,15 +259,15 @@ class LayerwiseOptimizer(Optimizer):
         `needs_all`: this rank's part of a matrix is needed even if the matrix does not move here, because another rank may have
         a gradient.
         """
-        wanted = [self._owns(p) and (needs_all or self.state[p]["pending"]) for p in params]
+        wanted = [p for p in params if self._owns(p) and (needs_all or self.state[p]["pending"])]
         if group["norm"] == "adamw":
-            directions = iter(self._adamw_directions(group, [p for p, w in zip(params, wanted, strict=True) if w]))
-            return [next(directions) if w else None for w in wanted]
-        inputs: list[Tensor | None] = []
-        for p, want in zip(params, wanted, strict=True):
-            gradient = None if not want or p.grad is None else self._gradient(p)
-            inputs.append(self.lmo_input(group, local(self.state[p]["momentum_buffer"]), gradient) if want else None)
-        return inputs
+            inputs = self._adamw_directions(group, wanted)
+        else:
+            momenta = self._buffers(group, wanted)["momentum_buffer"]
+            gradients = (None if p.grad is None else self._gradient(p) for p in wanted)
+            inputs = [self.lmo_input(group, m, g) for m, g in zip(momenta, gradients, strict=True)]
+        found = dict(zip(wanted, inputs, strict=True))
+        return [found.get(p) for p in params]
 
     # ---- AdamW's two formulas, for the groups with norm="adamw" ------------------------------------------------------
 
@@ -393,20 +389,13 @@ class LayerwiseOptimizer(Optimizer):
         """
         state = super().state_dict()
         for i, (group, p) in enumerate(self._params()):
-            if self._keeps_rows(p):
-                rows = {name: self._as_rows(p, self.state[p][name]) for name in self._buffer_names(group)}
-                state["state"][i] = {**state["state"][i], **rows}
+            if self._ranks is None or isinstance(p, DTensor) or not self._owns(p) or self._owners.owner(p) is not None:
+                continue
+            mesh = DeviceMesh.from_group(self._ranks, p.device.type)
+            as_rows = partial(DTensor.from_local, run_check=False, shape=p.shape, stride=p.stride())
+            rows = {name: as_rows(self.state[p][name], mesh, [Shard(0)]) for name in self._buffer_names(group)}
+            state["state"][i] = {**state["state"][i], **rows}
         return state
-
-    def _keeps_rows(self, p: Tensor) -> bool:
-        """Whether this rank's buffers hold some rows of p, and other ranks hold the others."""
-        shared = self._ranks is not None and not isinstance(p, DTensor)
-        return shared and self._owns(p) and self._owners.owner(p) is None
-
-    def _as_rows(self, p: Tensor, buffer: Tensor) -> DTensor:
-        assert self._ranks is not None
-        mesh = DeviceMesh.from_group(self._ranks, p.device.type)
-        return DTensor.from_local(buffer, mesh, [Shard(0)], run_check=False, shape=p.shape, stride=p.stride())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but buffers keep their own dtype and storage, and take what this rank owns of a whole state.
@@ -427,10 +416,12 @@ class LayerwiseOptimizer(Optimizer):
         groups = state_dict["param_groups"]
         if [len(g["params"]) for g in groups] != [len(g["params"]) for g in self.param_groups]:
             return None  # torch's own message is better
-        saved = [dict(state_dict["state"].get(i, {})) for g in groups for i in g["params"]]
-        for (group, p), values in zip(self._params(), saved, strict=True):
-            for name in self._buffer_names(group) if self._owns(p) else ():
-                value, own = values.get(name), self.state[p][name]
+        loading = []
+        for i, (group, p) in zip((i for g in groups for i in g["params"]), self._params(), strict=True):
+            saved = dict(state_dict["state"].get(i, {}))
+            buffers = {name: self.state[p][name] for name in self._buffer_names(group)} if self._owns(p) else {}
+            for name, own in buffers.items():
+                value = saved.get(name)
                 share = isinstance(value, DTensor) and not isinstance(own, DTensor)  # rows, as `state_dict` gives them
                 if not isinstance(value, Tensor) or (share and local(value).shape != own.shape):
                     raise ValueError(
@@ -441,10 +432,8 @@ class LayerwiseOptimizer(Optimizer):
                     raise ValueError(
                         f"the state_dict has a {name} of shape {tuple(value.shape)} for a parameter of shape {tuple(p.shape)}"
                     )
-        buffers = [
-            {name: self.state[p][name] for name in self._buffer_names(group) if self._owns(p)} for group, p in self._params()
-        ]
-        self._loading = list(zip(saved, buffers, strict=True))
+            loading.append((saved, buffers))
+        self._loading = loading
         # Options that a foreign or older group lacks keep their present values.
         filled = [
             {**{k: v for k, v in own.items() if k not in ("params", "pending", "param_names")}, "pending": (), **group}
@@ -468,22 +457,19 @@ class LayerwiseOptimizer(Optimizer):
         """The `state_dict` of the whole model, on every rank. A collective of the ranks that share the parameters."""
         full = self.state_dict()
         for i, (group, p) in enumerate(self._params()):
-            full["state"][i] = dict(full["state"][i])
-            for name in self._buffer_names(group):
-                full["state"][i][name] = self._whole_buffer(p, self.state[p].get(name))
+            whole = {name: self._whole_buffer(p, self.state[p].get(name)) for name in self._buffer_names(group)}
+            full["state"][i] = {**full["state"][i], **whole}
         return full
 
     def _whole_buffer(self, p: Tensor, own: Tensor | None) -> Tensor:
-        if isinstance(p, DTensor):
-            assert isinstance(own, DTensor)
+        if isinstance(own, DTensor):
             return own.full_tensor()
         if self._ranks is None:
             assert own is not None
             return own
         whole = torch.zeros_like(p, dtype=buffer_dtype(p), memory_format=torch.contiguous_format, requires_grad=False)
         if own is not None:
-            first, end = self._owners.rows(p, self._ranks.rank(), self._ranks.size())
-            (whole[first:end] if p.ndim else whole).copy_(own)
+            self._own_part(p, whole).copy_(own)
         dist.all_reduce(whole, group=self._ranks)
         return whole
 

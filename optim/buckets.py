@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -59,61 +60,44 @@ def split(params: Sequence[Tensor], norm_of: Callable[[Tensor], Norm | None], al
         yield part
 
 
+@dataclass
 class Bucket:
-    """Parameters on their way through an update: inputs to their owners, directions back, weights moved.
+    """Parameters on their way through an update: inputs to their owners, directions back, weights moved."""
 
-    Arguments:
-        params: the members.
-        norm: their norm; None if the inputs are the directions already (AdamW).
-        exchange: how inputs and directions travel.
-        inputs: gives this rank's part of each member's LMO input, None if it has none.
-        moves: whether each member moves, as far as this rank knows.
-        step: lr · radius of the update.
-        decay: lr · weight_decay of the update.
-    """
-
-    def __init__(
-        self,
-        params: Sequence[Tensor],
-        norm: Norm | None,
-        exchange: Alone,
-        inputs: Callable[[], list[Tensor | None]],
-        moves: Sequence[bool],
-        step: float,
-        decay: float,
-    ) -> None:
-        self._params, self._norm, self._exchange = params, norm, exchange
-        self._inputs: Callable[[], list[Tensor | None]] | None = inputs
-        self._moves, self._step, self._decay = moves, step, decay
+    params: Sequence[Tensor]
+    norm: Norm | None  # None if the inputs are the directions already (AdamW)
+    exchange: Alone
+    inputs: Callable[[], list[Tensor | None]]  # this rank's part of each member's LMO input, None if it has none
+    moves: Sequence[bool]  # whether each member moves, as far as this rank knows
+    step: float  # lr · radius
+    decay: float  # lr · weight_decay
 
     def gather(self) -> None:
         """Start to bring the inputs to their owners."""
-        assert self._inputs is not None
-        self._exchange.gather(self._inputs)
-        self._inputs = None
+        self.exchange.gather(self.inputs)
 
     def send_directions(self) -> None:
         """Compute the directions of the members that this rank owns, and start to send them."""
-        members = [m if moves else None for m, moves in zip(self._exchange.whole(), self._moves, strict=True)]
-        if isinstance(self._norm, Spectral):
-            _replace_by_polar_factors(members, self._norm)
-        elif self._norm is not None:
-            members = [None if m is None else self._norm.direction(m.flatten(1) if m.ndim > 2 else m) for m in members]
-        self._exchange.spread(members)
+        members = [m if moves else None for m, moves in zip(self.exchange.whole(), self.moves, strict=True)]
+        if isinstance(self.norm, Spectral):
+            _replace_by_polar_factors(members, self.norm)
+        elif self.norm is not None:
+            members = [None if m is None else self.norm.direction(m.flatten(1) if m.ndim > 2 else m) for m in members]
+        self.exchange.spread(members)
 
     def move_weights(self) -> None:
         """Wait for the directions and move the weights (the host does not wait for the device)."""
-        pieces, flags = self._exchange.receive()
-        keep: Sequence[float | Tensor] = [1 - self._decay] * len(pieces)
-        if flags is not None and self._decay:
-            keep = (1 - self._decay * flags.to(buffer_dtype(self._params[0]))).unbind()
+        pieces, flags = self.exchange.receive()
+        keep: Sequence[float | Tensor] = [1 - self.decay] * len(pieces)
+        if flags is not None and self.decay:
+            keep = (1 - self.decay * flags.to(buffer_dtype(self.params[0]))).unbind()
         alike: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
         for (i, rows, direction), kept in zip(pieces, keep, strict=True):
-            weights = local(self._params[i])
+            weights = local(self.params[i])
             weights = weights[rows] if weights.ndim else weights
-            if self._decay:
+            if self.decay:
                 weights.mul_(kept)
-            alpha = -self._step * (self._norm.factor(self._params[i].shape) if self._norm else 1.0)
+            alpha = -self.step * (self.norm.factor(self.params[i].shape) if self.norm else 1.0)
             if direction.is_floating_point():
                 targets, directions = alike.setdefault(alpha, ([], []))
                 targets.append(weights)

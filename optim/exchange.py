@@ -118,13 +118,11 @@ class Alone:
 
     def gather(self, inputs: Callable[[], list[Tensor | None]]) -> None:
         """Start to bring the LMO's inputs, this rank's part of each member, to their owners."""
-        self._inputs: Callable[[], list[Tensor | None]] | None = inputs
+        self._inputs = inputs
 
     def whole(self) -> list[Tensor | None]:
         """The inputs that this rank computes directions of; None for the other members."""
-        inputs, self._inputs = self._inputs, None  # dropped, so that no reference cycle keeps the bucket alive
-        assert inputs is not None
-        return inputs()
+        return self._inputs()
 
     def spread(self, directions: list[Tensor | None]) -> None:
         """Start to send these directions; None for a member that stays or that is computed elsewhere."""

@@ -107,7 +107,8 @@ class MuonMVR(Gluon):
         params = group["params"]
         if "use_muon" not in group and not isinstance(params, set):  # torch refuses a set
             params = [params] if isinstance(params, Tensor) else list(params)
-            matrices = [_tensor(p).ndim == 2 for p in params]
+            tensors = [p[1] if isinstance(p, tuple) else p for p in params]  # torch takes (name, parameter) too
+            matrices = [p.ndim == 2 for p in tensors]
             for use_muon in sorted(set(matrices), reverse=True):
                 part = [p for p, matrix in zip(params, matrices, strict=True) if matrix == use_muon]
                 self.add_param_group(group | {"params": part, "use_muon": use_muon})
@@ -159,8 +160,3 @@ class MuonMVR(Gluon):
         torch._foreach_clamp_min_(divisors, 1.0)
         torch._foreach_div_(corrected, divisors)
         torch._foreach_lerp_(buffers["momentum_buffer"], corrected, 1 - beta)
-
-
-def _tensor(param: Any) -> Tensor:
-    """The parameter itself. torch takes (name, parameter) too."""
-    return param[1] if isinstance(param, tuple) else param
