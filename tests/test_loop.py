@@ -104,8 +104,10 @@ def test_the_speed_is_that_since_the_last_line(capsys):
     progress.show(1, 8, 40.0, val_loss=2.8)
     progress.show(2, 16, 41.0, train_loss=2.7)
     progress.show(3, 24, 42.0, val_loss=2.6)
+    progress.show(4, 32, 43.0, val_loss=2.5)
     progress.close()
     lines = capsys.readouterr().out.splitlines()
+    assert "train_loss 2.7000" in lines[2] and "train_loss" not in lines[3]  # there is none since the last line
     assert "tokens/s" not in lines[0] and "tokens/s 2 " in lines[1] and "tokens/s 80 " in lines[2]
 
 

@@ -208,7 +208,9 @@ class Progress:
         if passed and (line_due or not self._bar.disable):
             self._window = evaluated, seconds
         if line_due:
-            line = "   ".join(f"{name} {value}" for name, value in self._shown.items())
+            fields = (name for name in ("val_loss", "train_loss", "tokens/s", "MFU") if name in self._shown)
+            line = "   ".join(f"{name} {self._shown[name]}" for name in fields)
+            self._shown.clear()  # the next line must not show a training loss of before this one
             if update > self._start:
                 each = (seconds - self._seconds) / (update - self._start)
                 line += f"   {(self._config.steps - update) * each:,.0f} s left"
