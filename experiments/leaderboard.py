@@ -1,40 +1,58 @@
-"""Write the tables of results/README.md from the packed records: the leaderboard, and the figures at mini scale.
+"""Write tables from the packed records: results/README.md's leaderboard and figures at mini scale, and README.md's answer.
 
-python -m experiments.leaderboard            rewrite what stands between the page's marks
+python -m experiments.leaderboard            rewrite what stands between the pages' marks
 python -m experiments.leaderboard --check    say what is not what the records say; exit code 2 if anything is not
 """
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from common.errors import Parser, UserError, one_line_errors
 from common.tables import markdown
 from experiments import figures, sweep
 from experiments.comparison import RESULTS, RUNS, compare, read_speed, replace_section, section
 from experiments.figures import FIGURES, Folders
+from experiments.statistics import BUDGETS
 
 NOT_RUN = "Not run yet: `{}`."
+COMMAND = "python -m experiments.sweep --evaluate"
+
+
+def evaluated(folders: Folders) -> list[dict[str, Any]]:
+    """A row for each method at its best setting, lowest loss at equal updates first; none if Gluon has no run yet."""
+    comparisons = sweep.evaluation(folders)
+    if not comparisons or not comparisons[0].curves(comparisons[0].baseline):
+        return []
+    comparison = comparisons[0]
+    speed = read_speed(_calibration(folders), sweep.BATCH, comparison.arms)
+    return sorted(compare(comparison, speed), key=lambda row: row["loss"].mean)
 
 
 def leaderboard(folders: Folders) -> str:
-    """A row for each method at its best setting, lowest loss at equal updates first."""
-    command = "python -m experiments.sweep --evaluate"
-    comparisons = sweep.evaluation(folders)
-    if not comparisons or not comparisons[0].curves(comparisons[0].baseline):
-        return NOT_RUN.format(f"python -m experiments.sweep && {command}")
-    comparison = comparisons[0]
-    speed = read_speed(_calibration(folders), sweep.BATCH, comparison.arms)
+    """The whole comparison, with the command that made each row."""
     heads = ["method", "setting", "validation loss [95%]", "updates", "gradients", "seconds"]
     lines = [[*heads, "minus Gluon: equal updates", "equal gradients", "equal seconds", "command"]]
-    for row in sorted(compare(comparison, speed), key=lambda row: row["loss"].mean):
+    for row in evaluated(folders):
         cells = [row["label"], row["setting"], row["loss"].level]
         cells += [f"{row['updates']:,}", f"{row['passes']:,.0f}", f"{row['seconds']:,.0f}"]
-        for budget in ("updates", "passes", "seconds"):
-            gap = row.get(f"equal_{budget}")
-            cells.append(f"{gap['difference']} **{gap['difference'].verdict}**" if gap else "")
         method = row["arm"] if row["arm"] in sweep.METHODS else row["options"]["optimizer"]
-        lines.append([*cells, f"`{command} --methods {method}`"])
-    return markdown(lines)
+        lines.append([*cells, *_gaps(row, BUDGETS), f"`{COMMAND} --methods {method}`"])
+    return markdown(lines) if len(lines) > 1 else NOT_RUN.format(f"python -m experiments.sweep && {COMMAND}")
+
+
+def answer(folders: Folders) -> str:
+    """The same in short, for README.md."""
+    lines = [["method", "best setting", "loss [95%]", "gradients", "minus Gluon: equal updates", "equal gradients"]]
+    for row in evaluated(folders):
+        cells = [row["label"], row["setting"], row["loss"].level, f"{row['passes']:,.0f}"]
+        lines.append([*cells, *_gaps(row, ("updates", "passes"))])
+    return markdown(lines) if len(lines) > 1 else NOT_RUN.format(f"python -m experiments.sweep && {COMMAND}")
+
+
+def _gaps(row: dict[str, Any], budgets: tuple[str, ...]) -> list[str]:
+    gaps = [row.get(f"equal_{budget}") for budget in budgets]
+    return [f"{gap['difference']} **{gap['difference'].verdict}**" if gap else "" for gap in gaps]
 
 
 def sections(folders: Folders) -> dict[str, str]:
@@ -50,11 +68,23 @@ def sections(folders: Folders) -> dict[str, str]:
     return found
 
 
+def pages(folders: Folders) -> dict[Path, dict[str, str]]:
+    """What each page has between its marks."""
+    return {
+        folders.results / "README.md": sections(folders),
+        folders.results.parent / "README.md": {"answer": answer(folders)},
+    }
+
+
 def stale(folders: Folders | None = None) -> list[str]:
-    """The sections of results/README.md that are not there, or not what the records say."""
+    """The sections that are not there, or not what the records say."""
     folders = folders or Folders()
-    page = (folders.results / "README.md").read_text()
-    return [name for name, text in sections(folders).items() if section(page, name) != text.strip()]
+    return [
+        f"{name} of {page.relative_to(folders.results.parent)}"
+        for page, own in pages(folders).items()
+        for name, text in own.items()
+        if section(page.read_text(), name) != text.strip()
+    ]
 
 
 def _calibration(folders: Folders) -> Path:
@@ -72,8 +102,9 @@ def main(argv: list[str]) -> None:
         if wrong := stale(folders):
             raise UserError(f"{', '.join(wrong)}: not what the records say; run python -m experiments.leaderboard")
         return
-    for name, text in sections(folders).items():
-        replace_section(folders.results / "README.md", name, text)
+    for page, own in pages(folders).items():
+        for name, text in own.items():
+            replace_section(page, name, text)
     print(leaderboard(folders))
 
 

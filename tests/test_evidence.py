@@ -497,11 +497,9 @@ def test_calibration_times_every_arm(tiny):
 
 
 def test_the_leaderboard_is_what_the_records_say():
-    """results/README.md against results/: what stands between the marks is what the command writes."""
+    """The pages against results/: what stands between the marks is what the command writes."""
     wrong = leaderboard.stale()
-    assert not wrong, (
-        f"run python -m experiments.leaderboard: {', '.join(wrong)} of results/README.md are not what the records say"
-    )
+    assert not wrong, f"run python -m experiments.leaderboard: {', '.join(wrong)} not what the records say"
 
 
 STUDIES = ["calibrate", "corpus", "diagnostics", "figures", "leaderboard", "map", "rates", "record", "smoothness", "sweep"]
