@@ -19,6 +19,7 @@ CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 EXPECTED = {f"{name}_b512" for name in (*OPTIMIZERS, "scion")}
 EXPECTED |= {"gluon_b128", "mvr1_b128", "mvr1_b512_gamma01", "mvr3_b512_beta08", "muon_theorem1"}
 EXPECTED |= {f"quickstart_{name}" for name in ("gluon", "mvr1", "mvr2", "mvr3")}
+EXPECTED.add("mini_gluon")
 
 
 def changed(config: Config) -> dict:
