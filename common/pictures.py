@@ -5,7 +5,7 @@ from typing import Any
 from common.errors import UserError
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart (without yellow, which is too pale for a line).
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31")
 STYLES = ("-", "--", ":", "-.")
 INK = "#333333"
 LOOK = {
