@@ -190,6 +190,8 @@ def body(comparison: Comparison, speed: Mapping[str, Any] | None, picture: str, 
     rows = compare(comparison, speed)
     seeds = ", ".join(map(str, sorted({seed for row in rows for seed in row["seeds"]})))
     machine = next((job.record()["environment"] for job in comparison.jobs() if job.finished()), {})
+    if len({len(row["seeds"]) for row in rows}) > 1:
+        seeds += " (a row with fewer has the first of these)"
     made = (
         f"Seeds {seeds}; {machine.get('device', 'an unknown machine')}, {machine.get('threads', '?')} thread(s) a run, "
         f"torch {machine.get('torch', '?')}; seconds are {'calibrated' if speed else 'measured in the runs'}."
