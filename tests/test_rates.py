@@ -191,6 +191,7 @@ def test_a_run_does_not_depend_on_its_company():
     torch.testing.assert_close(together[1, 0, 1], alone[0, 0, 0], rtol=0, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_quick_run_end_to_end(tmp_path, capsys):
     """Runs, writes, is reproducible and can be drawn again; every MVR ends below Gluon on the noisy non-convex problem."""
     threads = torch.get_num_threads()
