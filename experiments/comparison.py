@@ -165,7 +165,7 @@ def table(rows: list[dict[str, Any]]) -> str:
                 cells.append("")
                 continue
             gap = row[f"equal_{budget}"]
-            cells.append(f"{gap['difference']} **{gap['difference'].verdict}** ({gap['budget']:,.0f} {unit})")
+            cells.append(f"{gap['difference'].judged} ({gap['budget']:,.0f} {unit})")
         lines.append([*cells, f"{row['rise']:.3f}"])
     return markdown(lines)
 

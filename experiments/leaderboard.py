@@ -5,6 +5,7 @@ python -m experiments.leaderboard --check    say what is not what the records sa
 """
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,35 +30,39 @@ def evaluated(folders: Folders) -> list[dict[str, Any]]:
     return sorted(compare(comparison, speed), key=lambda row: row["loss"].mean)
 
 
-def leaderboard(folders: Folders) -> str:
+def leaderboard(rows: list[dict[str, Any]]) -> str:
     """The whole comparison, with the command that made each row."""
     heads = ["method", "setting", "validation loss [95%]", "updates", "gradients", "seconds"]
     lines = [[*heads, "minus Gluon: equal updates", "equal gradients", "equal seconds", "command"]]
-    for row in evaluated(folders):
+    for row in rows:
         cells = [row["label"], row["setting"], row["loss"].level]
         cells += [f"{row['updates']:,}", f"{row['passes']:,.0f}", f"{row['seconds']:,.0f}"]
         method = row["arm"] if row["arm"] in sweep.METHODS else row["options"]["optimizer"]
         lines.append([*cells, *_gaps(row, BUDGETS), f"`{COMMAND} --methods {method}`"])
-    return markdown(lines) if len(lines) > 1 else NOT_RUN.format(f"python -m experiments.sweep && {COMMAND}")
+    return _table(lines)
 
 
-def answer(folders: Folders) -> str:
+def answer(rows: list[dict[str, Any]]) -> str:
     """The same in short, for README.md."""
     lines = [["method", "best setting", "loss [95%]", "gradients", "minus Gluon: equal updates", "equal gradients"]]
-    for row in evaluated(folders):
+    for row in rows:
         cells = [row["label"], row["setting"], row["loss"].level, f"{row['passes']:,.0f}"]
         lines.append([*cells, *_gaps(row, ("updates", "passes"))])
+    return _table(lines)
+
+
+def _gaps(row: dict[str, Any], budgets: Iterable[str]) -> list[str]:
+    gaps = [row.get(f"equal_{budget}") for budget in budgets]
+    return [gap["difference"].judged if gap else "" for gap in gaps]
+
+
+def _table(lines: list[list[str]]) -> str:
     return markdown(lines) if len(lines) > 1 else NOT_RUN.format(f"python -m experiments.sweep && {COMMAND}")
 
 
-def _gaps(row: dict[str, Any], budgets: tuple[str, ...]) -> list[str]:
-    gaps = [row.get(f"equal_{budget}") for budget in budgets]
-    return [f"{gap['difference']} **{gap['difference'].verdict}**" if gap else "" for gap in gaps]
-
-
-def sections(folders: Folders) -> dict[str, str]:
-    """The marked sections of the page, by name."""
-    found = {"leaderboard": leaderboard(folders)}
+def figure_sections(folders: Folders) -> dict[str, str]:
+    """The sections of the figures at mini scale, by name."""
+    found = {}
     for number, figure in FIGURES.items():
         comparison = figures.plan(number, "mini", 5, None, folders, {})
         if comparison.curves(comparison.baseline) and any(map(comparison.curves, comparison.arms[1:])):
@@ -70,9 +75,10 @@ def sections(folders: Folders) -> dict[str, str]:
 
 def pages(folders: Folders) -> dict[Path, dict[str, str]]:
     """What each page has between its marks."""
+    rows = evaluated(folders)
     return {
-        folders.results / "README.md": sections(folders),
-        folders.results.parent / "README.md": {"answer": answer(folders)},
+        folders.results / "README.md": {"leaderboard": leaderboard(rows), **figure_sections(folders)},
+        folders.results.parent / "README.md": {"answer": answer(rows)},
     }
 
 
@@ -102,10 +108,11 @@ def main(argv: list[str]) -> None:
         if wrong := stale(folders):
             raise UserError(f"{', '.join(wrong)}: not what the records say; run python -m experiments.leaderboard")
         return
-    for page, own in pages(folders).items():
+    written = pages(folders)
+    for page, own in written.items():
         for name, text in own.items():
             replace_section(page, name, text)
-    print(leaderboard(folders))
+    print(written[folders.results / "README.md"]["leaderboard"])
 
 
 if __name__ == "__main__":

@@ -32,6 +32,11 @@ class Interval:
         return "worse" if self.low > 0 else "undecided"
 
     @property
+    def judged(self) -> str:
+        """A difference with its verdict, as Markdown."""
+        return f"{self} **{self.verdict}**"
+
+    @property
     def level(self) -> str:
         """As a loss, while `str` gives a difference."""
         if not math.isfinite(self.mean):

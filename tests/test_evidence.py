@@ -449,7 +449,7 @@ def test_the_sweep_to_its_leaderboard(tmp_path, monkeypatch, capsys):
     sweep.main([*words, "--evaluate"])
     assert len(started) == 84 + 3 * 5
     assert (results / "sweep" / "evaluation.png").stat().st_size > 10_000
-    text = leaderboard.leaderboard(figures.Folders(tmp_path / "runs", results)).splitlines()
+    text = leaderboard.leaderboard(leaderboard.evaluated(figures.Folders(tmp_path / "runs", results))).splitlines()
     assert text[2].startswith("| MVR-2 |") and {line.split(" | ")[0] for line in text[3:]} == {"| Gluon", "| Muon"}
     assert "`python -m experiments.sweep --evaluate --methods torch.optim:Muon`" in "".join(text)
     assert "| 600 | 1,199 | 600 | -0.100 [-0.100, -0.100] **better** |" in text[2]
