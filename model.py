@@ -24,7 +24,7 @@ class GPTConfig:
 
 
 def rms_norm(x: Tensor) -> Tensor:
-    """x over its root mean square along the last dimension."""
+    """x divided by its root mean square along the last dimension."""
     return F.rms_norm(x, (x.size(-1),))
 
 
@@ -34,7 +34,7 @@ def relu_squared(x: Tensor) -> Tensor:
 
 
 class _ReluSquared(torch.autograd.Function):
-    """Passes over its input five times; the plain formula and autograd's gradient of it take nine."""
+    """Five elementwise passes, forward and backward; the plain formula with autograd takes nine."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:  # noqa: ANN001
@@ -77,7 +77,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two layers, four times wider between them, with relu² scaled to keep the variance."""
+    """Two layers, D to 4·D to D, with relu² scaled to keep the variance."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -102,13 +102,13 @@ class Block(nn.Module):
 
 
 class LayerCache:
-    """The keys and values (B, H, T, d) of one layer for the tokens that were read."""
+    """The keys and values (B, H, T, d) of one layer for the tokens read so far; d = D/H."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity, self.length = capacity, 0
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Add those of the next tokens. Returns all."""
+        """Append the keys and values of the next tokens. Returns those of all tokens."""
         if self.length == 0:
             shape = (*k.shape[:2], self.capacity, k.size(3))
             self._k, self._v = k.new_empty(shape), v.new_empty(shape)
@@ -150,7 +150,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Uniform in ±1/√d_in; the output projections zero, so that every block starts as the identity."""
+        """Uniform in ±1/√d_in. The output projections are zero, so that every block starts as the identity."""
         for weight in self.parameters():
             bound = 1 / math.sqrt(weight.size(1))
             weight.uniform_(-bound, bound)
@@ -159,9 +159,9 @@ class GPT(nn.Module):
             block.mlp.proj.weight.zero_()
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, cache: Cache | None = None) -> Tensor:
-        """Mean cross-entropy, at least float32, over all (B, T) int64 targets; logits (B, T, V) without targets.
+        """Mean cross-entropy over all targets (B, T); without targets, logits (B, T, V). Both are at least float32.
 
-        With a cache, idx follows the tokens that the cache holds, and joins them.
+        With a cache, idx (B, T) follows the tokens that the cache holds, and is added to them.
         Raises ValueError if there are more tokens than `seq_len`.
         """
         start = cache.length if cache is not None else 0
@@ -179,7 +179,7 @@ class GPT(nn.Module):
         return linear_cross_entropy(x.flatten(0, 1), self.embedding.weight, targets.flatten())
 
     def flops_per_token(self, seq_len: int) -> int:
-        """Forward and backward: 6 per parameter and 12·L·D·T for attention (PaLM, appendix B)."""
+        """Forward and backward FLOPs of a token: 6 per parameter and 12·L·D·T for attention (PaLM, appendix B)."""
         parameters = sum(p.numel() for p in self.parameters())
         return 6 * parameters + 12 * self.config.n_layer * self.config.d_model * seq_len
 
@@ -198,7 +198,7 @@ def rotate(x_BHTd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def plain_attention(q_BHTd: Tensor, k_BHTd: Tensor, v_BHTd: Tensor) -> Tensor:
-    """Causal attention that holds all scores: in bfloat16 on a CPU, a step is a fifth faster than with the fused kernel."""
+    """Causal attention that stores all scores. In bfloat16 on a CPU, a step is a fifth faster than with the fused kernel."""
     q, k, v = (x.flatten(0, 1) for x in (q_BHTd, k_BHTd, v_BHTd))
     later = torch.full((q.size(1), q.size(1)), -math.inf, dtype=q.dtype, device=q.device).triu(1)
     scores = torch.baddbmm(later, q, k.mT, alpha=q.size(-1) ** -0.5)
@@ -215,10 +215,10 @@ def linear_cross_entropy(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> 
 
 
 def _chunk_rows(rows: int, vocabulary: int, device: str, compiled: bool) -> int:
-    """Rows of a chunk: equal shares in multiples of 128, whole tiles of a product.
+    """Rows of a chunk: equal shares, in multiples of 128 so that products have full tiles.
 
-    Compiled, a chunk's float32 logits never reach memory, so it may be larger, and fewer chunks read the weight and its
-    gradient less often. On a CPU few logits stay in the cache, but products of few rows are slow.
+    If compiled, a chunk's float32 logits never reach memory, so a chunk may be larger, and fewer chunks read the weight and its
+    gradient less often. On a CPU a small chunk's logits stay in the cache, but products of few rows are slow.
     """
     most_logits = {"cuda": 2**29 if compiled else 2**27, "cpu": 2**22}.get(device, 2**24)
     most_rows = max(512, most_logits // vocabulary)

@@ -41,20 +41,20 @@ from training.run_folder import ask_for_requeue, find_start, forget_requeue, hol
 def train(config: Config) -> Path:
     """Join the ranks, and run. Returns the run's folder.
 
-    It can also be called from a notebook or a program, and more than once. It restores what a run changes in the process
-    (signal handlers, torch's deterministic mode) and ends its threads. It seeds torch's global generators with `seed` and
-    leaves them as they are at the end of the run. Raises UserError for a failure that the user can fix.
+    A notebook or a program may call it too, more than once. It restores what a run changes in the process (signal handlers,
+    torch's deterministic mode) and ends its threads. It seeds torch's global generators with `seed` and does not put them back.
+    Raises UserError for a failure that the user can fix.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it for --deterministic
     ranks = Ranks.start(config.device, config.rank_timeout)
-    with ExitStack() as at_end, ranks.naming_the_lost():
+    with ExitStack() as at_end, ranks.naming_lost_ranks():
         run_dir = run(config, ranks, at_end)
         ranks.close()
     return run_dir
 
 
 def run(config: Config, ranks: Ranks, at_end: ExitStack) -> Path:
-    """One run, from its config to its last checkpoint. `at_end` collects what has to be restored, also after an error."""
+    """One run, from its config to its last checkpoint. `at_end` collects what must be restored, also after an error."""
     device = ranks.device
     on_cuda = device.type == "cuda"
     torch.manual_seed(config.seed)

@@ -29,10 +29,10 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are `UserError`s."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; --help says more")
+        raise UserError(f"{message}; see --help")
 
 
-# If several ranks fail, the first to claim it prints the error. Set once the ranks have met.
+# If several ranks fail, the first to claim it prints the error. `Ranks.start` sets this.
 claim_to_tell: Callable[[], bool] | None = None
 _GRACE_SECONDS = 2.0
 

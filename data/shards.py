@@ -1,8 +1,8 @@
-"""The shard format, the manifest beside it, and `python -m data.shards DIR`, which verifies a data directory.
+"""The shard format, its manifest, and `python -m data.shards DIR`, which verifies a data directory.
 
 A shard is 256 little-endian int32 (magic 20240520, version 1, token count, zeros) followed by the tokens as
-little-endian uint16: the format of the FineWeb-10B shards on the hub. A file is `{prefix}_{split}_{index:06d}.bin` with
-the split `train` or `val`. `manifest.json` in the same directory says what each file must hold.
+little-endian uint16: the format of the FineWeb-10B shards on the hub. A file is named `{prefix}_{split}_{index:06d}.bin`,
+and the split is `train` or `val`. `manifest.json` in the same directory says what each file must hold.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class ShardInfo:
 
 @dataclass
 class Manifest:
-    """The contents of `manifest.json`: where the tokens are from and what each file must hold."""
+    """The contents of `manifest.json`: where the tokens come from and what each file must hold."""
 
     encoding: str
     vocab_size: int
@@ -64,7 +64,10 @@ class Manifest:
 
 
 def write_shard(path: Path | str, tokens: np.ndarray) -> ShardInfo:
-    """Write `tokens` as one shard, atomically, and return its manifest entry."""
+    """Write 1-D integer `tokens` as one shard, atomically. Returns its manifest entry.
+
+    Raises ValueError if they are empty or do not fit uint16.
+    """
     path = Path(path)
     tokens = np.asarray(tokens)
     if tokens.ndim != 1 or not 0 < tokens.size <= MAX_SHARD_TOKENS or tokens.dtype.kind not in "iu":
@@ -97,7 +100,7 @@ class ShardWriter:
         self._index = 0 if split == "val" else 1  # as in FineWeb: train counts from 1, val from 0
 
     def write(self, tokens: np.ndarray) -> None:
-        """Append tokens. A shard is written each time there are enough."""
+        """Append tokens. Writes a shard whenever there are `shard_tokens`."""
         start = 0
         while start < len(tokens):
             chunk = tokens[start : start + self.shard_tokens - self._pending]
@@ -108,7 +111,7 @@ class ShardWriter:
                 self._cut()
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write the remaining tokens."""
         if self._pending:
             self._cut()
 
@@ -145,7 +148,7 @@ def check_shard(path: Path | str) -> int:
     if version != VERSION:
         raise UserError(f"{path}: shard version {version}, but only version {VERSION} is known; {again}")
     if tokens <= 0:
-        raise UserError(f"{path}: its header counts {tokens} tokens; {again}")
+        raise UserError(f"{path}: its header says {tokens} tokens; {again}")
     expected = HEADER_BYTES + TOKEN.itemsize * tokens
     if size < expected:
         raise UserError(f"{path}: truncated, {size} of {expected} bytes; {again}")
@@ -155,7 +158,7 @@ def check_shard(path: Path | str) -> int:
 
 
 def open_shard(path: Path | str) -> np.memmap:
-    """The tokens of a checked shard, memory-mapped read-only."""
+    """The tokens of a shard, memory-mapped read-only. Raises UserError as `check_shard` does."""
     tokens = check_shard(path)
     try:
         return np.memmap(path, dtype=TOKEN, mode="r", offset=HEADER_BYTES, shape=(tokens,))
@@ -170,7 +173,7 @@ def list_shards(directory: Path | str, split: str | None = None) -> list[Path]:
 
 
 def shard_info(path: Path | str, progress: Progress = _silent) -> ShardInfo:
-    """Check a shard and read all of it. Returns its manifest entry."""
+    """Check a shard and read all of it. Returns its manifest entry. Raises UserError as `check_shard` does."""
     path = Path(path)
     tokens = open_shard(path)
     with path.open("rb") as file:
@@ -237,7 +240,7 @@ def check_split(directory: Path | str, split: str) -> tuple[list[Path], Manifest
         return paths, None
     for name in manifest.files:
         if f"_{split}_" in name and name not in counts:
-            raise UserError(f"{directory / name}: in {MANIFEST} but not there; download or tokenize the data again")
+            raise UserError(f"{directory / name}: listed in {MANIFEST} but missing; download or tokenize the data again")
     for name, tokens in counts.items():
         info = manifest.files.get(name)
         if info and (info.tokens, info.bytes) != (tokens, HEADER_BYTES + TOKEN.itemsize * tokens):
@@ -313,14 +316,14 @@ def main(arguments: list[str] | None = None) -> None:
     width = max(len(name) for name in results)
     print(f"{'file':{width}}  {'tokens':>13}  {'min':>5}  {'max':>5}  sha256        state")
     for name, (info, wrong) in results.items():
-        unlisted = "" if manifest and name in manifest.files else f" (not in {MANIFEST}, so only its form is checked)"
+        unlisted = "" if manifest and name in manifest.files else f" (not in {MANIFEST}, so only its format is checked)"
         numbers = f"{info.tokens:13,}  {info.min_token:5}  {info.max_token:5}  {info.sha256[:12]}" if info else " " * 41
         print(f"{name:{width}}  {numbers}  {wrong or 'ok' + unlisted}")
     if manifest:
         print(f"{manifest.encoding}, vocabulary {manifest.vocab_size}: {manifest.source} ({manifest.licence})")
     bad = [name for name, (_, wrong) in results.items() if wrong]
     if bad:
-        raise UserError(f"{directory}: {len(bad)} of {len(results)} shards are not right, the first is {bad[0]}")
+        raise UserError(f"{directory}: {len(bad)} of {len(results)} shards are wrong; the first is {bad[0]}")
 
 
 if __name__ == "__main__":

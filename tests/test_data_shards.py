@@ -136,8 +136,8 @@ def test_each_fault_has_its_own_message(tmp_path):
         "too few for a shard's header": good[:1000],
         "not a token shard": b"PK\3\4" + good[4:],
         "shard version 2": header(20240520, 2),
-        "its header counts 0 tokens": header(20240520, 1, 0),
-        "its header counts -5 tokens": header(20240520, 1, -5),
+        "its header says 0 tokens": header(20240520, 1, 0),
+        "its header says -5 tokens": header(20240520, 1, -5),
         "truncated, 1222 of 1224 bytes": good[:-2],
         "1 bytes after the last": good + b"\0",
     }
@@ -261,7 +261,7 @@ def test_training_refuses_what_does_not_agree(tmp_path):
     (directory / "x_train_000002.bin").unlink()
     refused("x_train_000002.bin: missing")
     (directory / "x_train_000003.bin").unlink()
-    refused("x_train_000002.bin: in manifest.json but not there")
+    refused("x_train_000002.bin: listed in manifest.json but missing")
     (directory / MANIFEST).unlink()
     assert len(check_split(directory, "train")[0]) == 1
     (directory / "x_train_000001.bin").unlink()
@@ -315,7 +315,7 @@ def test_the_command(tmp_path):
     (directory / "x_val_000000.bin").write_bytes(b"nothing")
     done = run_verify(directory)
     assert done.returncode == 2
-    assert done.stderr.count("\n") == 1 and "1 of 4 shards are not right" in done.stderr
+    assert done.stderr.count("\n") == 1 and "1 of 4 shards are wrong" in done.stderr
     assert "too few for a shard's header" in done.stdout
 
 

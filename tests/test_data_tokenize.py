@@ -92,7 +92,7 @@ def test_bytes():
     encoder = load_encoder("bytes")
     assert (encoder.vocab_size, encoder.end_of_text) == (257, 256)
     assert [list(tokens) for tokens in encoder.encode(["aé", "\n"])] == [[97, 0xC3, 0xA9], [10]]
-    with pytest.raises(UserError, match="no encoding 'gpt9'; there are gpt2, bytes"):
+    with pytest.raises(UserError, match="no encoding 'gpt9'; choose one of gpt2, bytes"):
         load_encoder("gpt9")
 
 
@@ -159,7 +159,7 @@ def test_a_failure_changes_nothing(tmp_path):
 
 
 def test_an_empty_split_is_refused(tmp_path):
-    with pytest.raises(UserError, match="the val split, chosen by document, got none of the 1 documents"):
+    with pytest.raises(UserError, match="the val split got none of the 1 documents"):
         tokenize_documents(["one"], tmp_path, "bytes", in_val=lambda *_: False)
     with pytest.raises(UserError, match="the train split"):
         tokenize_documents(["one"], tmp_path, "bytes", in_val=lambda *_: True)
@@ -295,7 +295,7 @@ def test_the_real_command(tmp_path):
     assert done.returncode == 0 and done.stderr == "", done.stderr
     assert split_tokens(tmp_path / "out", "train")[:3].tolist() == [50256, 31373, 995]
     done = run()
-    assert done.returncode == 2 and done.stderr == "error: out: already holds 2 shards; give another --out, or --overwrite\n"
+    assert done.returncode == 2 and done.stderr == "error: out: already holds 2 shards; choose another --out, or --overwrite\n"
 
 
 # ---- the embedded text

@@ -380,7 +380,7 @@ def test_on_cuda_flags_are_read_a_step_later_but_before_anything_is_written(monk
     """The order of things, on a CPU: what the copy to the host does is replaced."""
 
     def send(self: FiniteGuard) -> None:
-        self._travelling = self._step, self._flags.clone(), Arrived()
+        self._in_flight = self._step, self._flags.clone(), Arrived()
 
     monkeypatch.setattr(FiniteGuard, "_send", send)
     model = torch.nn.Linear(2, 2)

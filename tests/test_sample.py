@@ -138,7 +138,7 @@ def other_config(run):
         (lambda run: run / "nowhere", "", "there is no such run or checkpoint"),
         (lambda run: run / "metrics.jsonl", "", "is not a .safetensors file"),
         (without("model.safetensors"), "", "holds no model.safetensors and no checkpoint"),
-        (without("config.json"), "", "has neither config.json nor state.json beside it"),
+        (without("config.json"), "", "has no config.json or state.json next to it"),
         (damaged, "", "the file is damaged"),
         (other_model, "", "belongs to another model"),
         (other_config, "", "it belongs to another model"),

@@ -18,7 +18,7 @@ _CPU_SEQUENCES = 32
 def micro_batch_size(config: Config, rows: int, device: torch.device, bfloat16: bool) -> int:
     """Sequences per forward pass: the largest divisor of a rank's `rows` that `--micro-batch-size` allows.
 
-    0 means as many as fit into the device's memory beside weights, gradients and momentum (at most 32 on a CPU).
+    0 means as many as fit into the device's memory next to weights, gradients and momentum (at most 32 on a CPU).
     """
     most = config.micro_batch_size
     if most == 0 and device.type == "cuda":
@@ -47,7 +47,7 @@ def open_data(config: Config, ranks: Ranks) -> tuple[BatchLoader, TokenStream]:
 
 
 def check_tokens(config: Config, loader: BatchLoader, val_stream: TokenStream) -> None:
-    """Raise UserError if the data would wrap around, are too few for a validation, or have tokens outside the vocabulary."""
+    """Raise UserError if there are too few tokens to train or validate, or if one of validation's is outside the vocabulary."""
     if config.steps > loader.steps:
         need = config.steps * config.batch_size * config.seq_len + 1
         raise UserError(

@@ -8,7 +8,7 @@
 Ranks write their files into a hidden folder and send rank 0 the checksums. When it has all of them, it writes state.json and
 renames the folder, so a checkpoint is complete or absent. The checksums travel through the ranks' key-value store
 and not through collectives, so a thread can write while training continues. Any world size can load a checkpoint, and so
-can a model that FSDP2 shards (its own checkpoints hold whole tensors, from rank 0).
+can a model that FSDP2 shards (its own checkpoints hold full tensors, from rank 0).
 """
 
 import hashlib
@@ -99,7 +99,7 @@ class Checkpointer:
                 tensors[f"{names[p]}/{key}"] = value
                 if isinstance(optimizer, LayerwiseOptimizer) and value.shape != p.shape:
                     slices.add(f"{names[p]}/{key}")  # some rows; others have the rest
-        # The first of the ranks that hold a whole tensor writes it. (A DTensor becomes whole on rank 0.)
+        # The first of the ranks that hold a full tensor writes it. (A DTensor is gathered and written by rank 0.)
         held = self._ranks.gather([name for name, value in tensors.items() if not isinstance(value, DTensor)])
         earlier = {name for names_there in held[: self._ranks.rank] for name in names_there}
         buffers: dict[str, Tensor] = {}
@@ -143,7 +143,7 @@ class Checkpointer:
                 self._report(step, own)
                 return
             if state["metrics_bytes"] is None:
-                raise UserError("metrics.jsonl can't be written, and is part of it")
+                raise UserError("metrics.jsonl can't be written, and a checkpoint needs it")
             own |= {"model.safetensors": _write_tensors(temporary / "model.safetensors", weights)}
             state["files"] = own | self._collect(step)
             _write_json(temporary / "state.json", state)
@@ -222,8 +222,8 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
             )
         counts = [state[key] for key in ("step", "evaluated", "skipped", "validated", "metrics_bytes")]
         if state["format"] != _FORMAT or "model.safetensors" not in files or any(type(count) is not int for count in counts):
-            raise ValueError("state.json has another form")
-        state["config"], state["optimizer"]["groups"], float(state["seconds"])  # are there
+            raise ValueError("state.json is malformed")
+        state["config"], state["optimizer"]["groups"], float(state["seconds"])  # KeyError if one is missing
         for name, expected in files.items():
             with open(checkpoint / name, "rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != expected:
@@ -237,7 +237,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def newest_state(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest whole checkpoint of a folder and its state; damaged ones are reported and skipped."""
+    """The newest complete checkpoint of a folder and its state; damaged ones are reported and skipped."""
     for checkpoint in list_checkpoints(folder):
         try:
             return checkpoint, read_state(checkpoint)
@@ -247,7 +247,7 @@ def newest_state(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def has_checkpoints(folder: Path) -> bool:
-    """Whether there is a checkpoint, whole or damaged."""
+    """Whether there is a checkpoint, complete or damaged."""
     return bool(list_checkpoints(folder))
 
 
@@ -283,7 +283,8 @@ def load(checkpoint: Path, state: dict[str, Any], model: nn.Module, optimizer: O
 def _load_buffers(checkpoint: Path, files: dict[str, str], states: dict[str, dict[str, Any]]) -> dict[str, dict[str, Tensor]]:
     """The tensors of the optimizer's state by parameter, from the files that hold all or some of their rows.
 
-    An optimizer that has its state already gets this rank's tensors. One that creates its state in the first step gets all.
+    An optimizer that already has its state gets the tensors that it has here. One that creates its state in the first step gets
+    all.
     """
     with ExitStack() as stack:
         parts: dict[str, list[Any]] = {}
@@ -305,7 +306,7 @@ def _load_buffers(checkpoint: Path, files: dict[str, str], states: dict[str, dic
 
 
 def save_weights(path: Path, model: nn.Module) -> None:
-    """Write the weights alone, atomically."""
+    """Write the weights alone, atomically. Raises UserError if they can't be written."""
     try:
         with atomic_file(path) as file:
             file.write(save(_copies(model.state_dict(), keep=True)))
@@ -314,7 +315,7 @@ def save_weights(path: Path, model: nn.Module) -> None:
 
 
 def _copies(tensors: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
-    """Copies on the host, for the ranks that keep them. DTensors become whole, so every rank must call."""
+    """Copies on the host, for the ranks that keep them. DTensors are gathered, so every rank must call this."""
     copies = {}
     for name, value in tensors.items():
         whole = value.full_tensor() if isinstance(value, DTensor) else value
@@ -324,7 +325,7 @@ def _copies(tensors: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
 
 
 def _shard_like(value: Tensor, own: Tensor | None) -> Tensor:
-    """This rank's share of a whole tensor, if its own is a DTensor."""
+    """This rank's share of a full tensor, if its own is a DTensor."""
     if not isinstance(own, DTensor):
         return value
     return distribute_tensor(value.to(own.device), own.device_mesh, own.placements)

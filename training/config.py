@@ -1,10 +1,10 @@
 """The options of a run: their names, defaults and limits, and where their values come from.
 
 A run's options are the defaults below, then a config file (`--config configs/mvr1_b512.py`), then `--key value` on the
-command line. A config file is a Python module that assigns options (`lr = 1e-3`) and it is *executed*: it is
-code, so use no config that you would not run as a script. It can import from its own folder, so one config may
-start from another (`from quickstart_gluon import *`). Start your own helper names with an underscore; modules, functions
-and classes are ignored.
+command line. A config file is a Python module that assigns options (`lr = 1e-3`). It is *executed*, so use no config that
+you would not run as a script. It can import from its own folder, so one config may start from another
+(`from quickstart_gluon import *`). Start the names of your own helpers with an underscore; modules, functions and classes
+are ignored.
 
 Every mistake is a `UserError` of one line. Torch is not imported here, so mistakes are reported at once.
 """
@@ -58,7 +58,7 @@ class Config:
     shuffle: bool = option(False, "read the sequences in a random order")
     batch_size: int = option(512, "sequences per step, over all ranks", least=1)
     seq_len: int = option(1024, "tokens per sequence", least=1)
-    micro_batch_size: int = option(0, "most sequences per forward pass on one device; 0: what its memory holds", least=0)
+    micro_batch_size: int = option(0, "most sequences per forward pass on one device; 0: as its memory allows", least=0)
 
     vocab_size: int = option(50304, "size of the vocabulary", least=2, group="model")
     n_layer: int = option(12, "layers", least=1)
@@ -147,7 +147,7 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str = "the saved config") -> "Config":
-        """A config from what `to_dict` gave; options that are missing get their defaults."""
+        """A config from what `to_dict` gave; missing options get their defaults. Raises UserError for an unknown or bad one."""
         if not isinstance(values, dict):
             raise _mistake(f"{source} must map option names to values, not be {_shown(values)}")
         return cls(**_checked_all(source, values))
@@ -157,14 +157,14 @@ OPTIONS = {opt.name: opt for opt in dataclasses.fields(Config)}
 
 
 def load_config(argv: list[str]) -> Config:
-    """The config that a command line asks for (without the program's name)."""
+    """The config that a command line (without the program's name) asks for. Raises UserError for any mistake in it."""
     given = _command_line(argv)
     path = given.pop("config", None)
     values = {}
     if path is not None:
         values = {"run_name": Path(path).stem, **_file_values(path)}
         values = _checked_all(path, {name: value for name, value in values.items() if name not in given})
-        if ":" in (given | values).get("optimizer", ""):  # whose module may lie beside the config
+        if ":" in (given | values).get("optimizer", ""):  # its module may be next to the config
             sys.path.append(os.path.dirname(os.path.abspath(path)))
     return Config(**values, **given)
 
@@ -272,7 +272,7 @@ def _ignored(name: str, value: object) -> bool:
 
 
 def _nearest_file(path: str) -> str:
-    """A hint for a missing path: a file with a similar name beside it, or among our own configs."""
+    """A hint for a missing path: a file with a similar name in the same folder or in configs/."""
     for folder in (os.path.dirname(path), os.path.relpath(CONFIGS)):
         try:
             names = sorted(name for name in os.listdir(folder or ".") if name.endswith(".py"))

@@ -19,7 +19,7 @@ LOSSES = ("val_loss", "train_loss")
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl. A last line that was cut short is left out.
 
-    Raises UserError if there is no such file, or if a line has another form.
+    Raises UserError if there is no such file, or if a line is malformed.
     """
     if (packed := _packed(run_dir)) is not None:
         return packed["metrics"]
@@ -58,8 +58,8 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 def read_packed(path: Path) -> list[dict[str, Any]]:
     """The runs in a packed file, one JSON object a line with `run` (its name), `config`, `environment` and `metrics`.
 
-    A loss that was not finite is null there, and NaN here. Raises UserError if there is no such file, or if a line has another
-    form.
+    A loss that was not finite is null in the file and NaN here. Raises UserError if there is no such file, or if a line is
+    malformed.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -119,7 +119,7 @@ def finite(metrics: list[dict[str, Any]], loss: str = "val_loss") -> list[dict[s
 
 
 def run_name(run_dir: Path) -> str:
-    """The run's name: the one in config.json, else the folder's. A packed run is called by its file and its own name."""
+    """The run's name: the one in config.json, else the folder's. A packed run has its file's name in front of its own."""
     if _packed(run_dir) is not None:
         return f"{run_dir.parent.stem} {run_dir.name}"
     name = read_config(run_dir).get("run_name")

@@ -1,12 +1,11 @@
 """Finds losses and gradients that are not finite, on any rank, before they can reach a checkpoint.
 
-Every pass ends with one small vector on the device: for the loss and for the gradient of each parameter, whether it is
-finite. If a step can still be undone (`--on-nan skip`), or if reading costs nothing (a CPU), the vector is read at
-once and the pass raises `NotFiniteError`, which leaves the optimizer's step before it has touched weights or momentum. (In
-the second pass of MVR-1, -2 and -3 the momentum holds the old gradient already, so it starts anew with the next one.) On
-CUDA a run that would stop anyway does not wait for the device: the vector is copied to the host while the next step is
-queued, and read one step later. Before anything is written (metrics, checkpoints), `settle` reads the
-vector that is still in flight.
+Every pass ends with one small vector on the device. It says whether the loss and each parameter's gradient are finite. With
+`--on-nan skip`, and on a CPU, where reading costs nothing, the vector is read at once. The pass then raises `NotFiniteError`,
+which ends the optimizer's step before it changes weights or momentum. (In the second pass of MVR-1, -2 and -3 the momentum
+already holds the old gradient, so it starts again from the next gradient.) On CUDA a run that would stop anyway does not wait
+for the device: the vector is copied to the host while the next step is queued, and read one step later. Before anything is
+written (metrics, checkpoints), `settle` reads the vector that is still in flight.
 """
 
 import math
@@ -31,7 +30,7 @@ class NotFiniteError(Exception):
 
 
 class FiniteGuard:
-    """Watches the losses and the gradients of a run, and counts the steps that were skipped in its position."""
+    """Watches the losses and gradients of a run. Counts skipped steps in the run's position."""
 
     def __init__(
         self, model: nn.Module, optimizer: Optimizer, loader: BatchLoader, ranks: Ranks, on_nan: str, position: Position
@@ -42,7 +41,7 @@ class FiniteGuard:
         self._names = ["loss", *(name for name, _ in model.named_parameters())]
         self._step = 0
         self._flags: Tensor | None = None  # of this step so far, on the device
-        self._travelling: tuple[int, Tensor, torch.cuda.Event] | None = None  # of the step before, to the host
+        self._in_flight: tuple[int, Tensor, torch.cuda.Event] | None = None  # the last step's flags, on their way to the host
         self._position, self._in_a_row = position, 0
 
     def look(self, loss: Tensor) -> None:
@@ -50,7 +49,7 @@ class FiniteGuard:
         # A sum is not finite if one of its terms is not. (A sum that overflows, with terms around 1e38, is as bad.)
         sums = [p.grad.sum() for p in self._model.parameters()]  # type: ignore[union-attr]  # all are used
         bad = ~torch.stack([loss.to(sums[0].dtype), *sums]).isfinite()
-        # The lowest bad rank, as a number that is larger for lower ranks; 0: none.
+        # size - rank of the lowest bad rank; 0: no bad rank.
         flags = self._ranks.largest(bad.int() * (self._ranks.size - self._ranks.rank))
         self._flags = flags if self._flags is None else torch.maximum(self._flags, flags)
         if not self._later and flags.any():
@@ -111,13 +110,13 @@ class FiniteGuard:
         host.copy_(self._flags, non_blocking=True)
         arrived = torch.cuda.Event()
         arrived.record()
-        self._travelling = self._step, host, arrived
+        self._in_flight = self._step, host, arrived
 
     def _read(self) -> None:
-        """Wait for the flags in flight, which belong to the step before the queued one."""
-        if self._travelling is None:
+        """Wait for the flags in flight, which belong to the last step. Raises UserError if one is set."""
+        if self._in_flight is None:
             return
-        (step, flags, arrived), self._travelling = self._travelling, None
+        (step, flags, arrived), self._in_flight = self._in_flight, None
         arrived.synchronize()
         if flags.any():
             raise UserError(f"{self._describe(step, flags)}; {_ADVICE}", everywhere=True)
@@ -126,7 +125,7 @@ class FiniteGuard:
         """Step, batch, rank and layer, on every rank. A collective."""
         lowest = flags.tolist()
         bad = [name for name, flag in zip(self._names, lowest, strict=True) if flag]
-        # The backward pass runs from the last layer to the first, so the last bad layer in order is where it began.
+        # The backward pass runs from the last layer to the first, so the trouble began in the last bad layer.
         what = f"the gradient of {bad[-1]} is not finite"
         if lowest[0]:
             rank = self._ranks.size - lowest[0]

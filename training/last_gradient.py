@@ -30,7 +30,7 @@ class LastGradient:
                 optimizer.state[p]["previous_weights"] = p.detach().clone()
 
     def record(self, step: int, batch: Batch) -> None:
-        """To be called before each step. Does nothing before the first, which has nothing to compare with."""
+        """Call this before each step. It evaluates no gradient before step 0, which has nothing to compare with."""
         previous, self._previous_batch = self._previous_batch, batch  # even if the pass below raises
         if self._keeps_weights:
             self._at_previous_weights(step, batch)

@@ -36,10 +36,10 @@ class Trained:
 
     @property
     def encoding(self) -> str:
-        """The vocabulary that its data had: "gpt2" or "bytes".
+        """The encoding of its training data: "gpt2" or "bytes".
 
-        The data's manifest says it, if the data are still there; else the size of the model's vocabulary does.
-        Raises UserError if neither does.
+        It comes from the data's manifest if that still exists, else from the size of the model's vocabulary.
+        Raises UserError if it is another one.
         """
         data_dir = self.config.get("data_dir")
         manifest = read_manifest(data_dir) if isinstance(data_dir, str) else None
@@ -48,7 +48,7 @@ class Trained:
         if encoding is None:
             encoding = "gpt2" if size >= GPT2_VOCABULARY else "bytes" if size >= BYTES_VOCABULARY else f"of {size} tokens"
         if encoding not in ("gpt2", "bytes"):
-            raise UserError(f"{self.weights}: its vocabulary ({encoding}) is neither GPT-2's nor bytes, so it has no text")
+            raise UserError(f"{self.weights}: its vocabulary ({encoding}) is neither GPT-2's nor bytes, so it has no text form")
         return encoding
 
 
@@ -56,7 +56,7 @@ def load_trained(path: Path, device: torch.device | str = "cpu", dtype: torch.dt
     """The model at a path, ready for inference.
 
     The path is a run's folder (its final weights, else its newest checkpoint), a checkpoint's folder, or a
-    model.safetensors with its config.json or state.json beside it. Raises UserError if nothing can be loaded.
+    model.safetensors with its config.json or state.json next to it. Raises UserError if nothing can be loaded.
     """
     weights = find_weights(path)
     config = _saved_config(weights)
@@ -71,7 +71,7 @@ def load_trained(path: Path, device: torch.device | str = "cpu", dtype: torch.dt
 
 
 def find_weights(path: Path) -> Path:
-    """The model.safetensors that a path stands for. Raises UserError if there is none."""
+    """The model.safetensors that a path leads to. Raises UserError if there is none."""
     if path.is_file():
         if path.suffix != ".safetensors":
             raise UserError(f"{path} is not a .safetensors file; give a run's folder, a checkpoint or a {WEIGHTS}")
@@ -85,7 +85,7 @@ def find_weights(path: Path) -> Path:
 
 
 def _saved_config(weights: Path) -> dict[str, Any]:
-    """The options of the run that made the weights, from config.json or a checkpoint's state.json beside them."""
+    """The options of the run that made the weights, from config.json or a checkpoint's state.json next to them."""
     for name in ("config.json", "state.json"):
         path = weights.parent / name
         try:
@@ -98,11 +98,11 @@ def _saved_config(weights: Path) -> dict[str, Any]:
         if not isinstance(config, dict):
             raise UserError(f"{path} holds no options; the file is damaged")
         return config
-    raise UserError(f"{weights} has neither config.json nor state.json beside it, which say the model's sizes; copy one there")
+    raise UserError(f"{weights} has no config.json or state.json next to it, which give the model's sizes; copy one there")
 
 
 def _sizes(config: dict[str, Any], weights: Path) -> GPTConfig:
     if missing := [name for name in _SIZES if name not in config]:
-        raise UserError(f"{weights}: the config beside it has no {missing[0]}; it belongs to another model")
+        raise UserError(f"{weights}: the config next to it has no {missing[0]}; it belongs to another model")
     sizes = Config.from_dict({name: config[name] for name in _SIZES}, f"{weights.parent}'s config")
     return GPTConfig(**{name: getattr(sizes, name) for name in _SIZES})

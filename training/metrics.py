@@ -19,8 +19,8 @@ from training.config import Config
 from training.ranks import Ranks
 from training.trackers import Tracker, start_trackers
 
-# Dense bfloat16 peak of one device, FLOP/s, from the makers' data sheets: the first name that is part of the card's counts.
-# A name alone is the SXM part if there are several; NVL and PCIe parts are slower.
+# Dense bfloat16 peak of one device, FLOP/s, from the makers' data sheets. The first name that the card's name contains counts.
+# A name without a suffix is the SXM part if there are several; NVL and PCIe parts are slower.
 PEAK_FLOPS = {
     "B200": 2250e12, "H200 NVL": 835e12, "H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12,
     "H800 PCIe": 756e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12, "RTX 5090": 210e12,
@@ -40,7 +40,7 @@ class Metrics:
     """
 
     def __init__(self, run_dir: Path, config: Config, ranks: Ranks, keep_bytes: int | None) -> None:
-        """`keep_bytes`: how much of an existing file stays; what came after a checkpoint is written again."""
+        """`keep_bytes`: how much of an existing file stays. Lines after the checkpoint are cut off and written again."""
         self._file: int | None = None
         self._trackers: list[Tracker] = []
         self._waiting, self._size = b"", keep_bytes or 0
@@ -61,7 +61,10 @@ class Metrics:
         self._trackers = start_trackers(run_dir, config, update + 1)
 
     def write(self, **values: Any) -> float | None:
-        """Write one line: update, tokens, passes, seconds, losses. If the loss is a spike, returns its height in deviations."""
+        """Write one line: update, tokens, passes, seconds, losses.
+
+        Returns the height of the training loss in standard deviations if it is a spike, else None.
+        """
         if self._file is None:
             return None
         if spike := self._spikes.add(values.get("train_loss")):
@@ -128,7 +131,7 @@ class SpikeDetector:
         self._last: deque[float] = deque(maxlen=self.WINDOW)
 
     def add(self, loss: float | None) -> float | None:
-        """Take one more loss. Returns its height in deviations if it is a spike, else None."""
+        """Take one more loss. Returns its height in standard deviations if it is a spike, else None."""
         if loss is None:
             return None
         above = None
@@ -141,7 +144,7 @@ class SpikeDetector:
 class Clock:
     """Counts the seconds of training into a run's position. It stops during validation and while a checkpoint is copied.
 
-    It waits for the device's queue when it starts and stops, so that every second counts for the work that it belongs to.
+    It waits for the device's queue when it starts and stops, so that queued work is counted where it belongs.
     """
 
     def __init__(self, position: Position, device: torch.device) -> None:
@@ -190,9 +193,9 @@ class Progress:
         self._bar.update()
 
     def show(self, update: int, evaluated: int, seconds: float, **losses: float) -> None:
-        """Show losses. `evaluated` sequences have had their gradient computed so far, in `seconds`.
+        """Show losses. The run has computed the gradients of `evaluated` sequences so far, in `seconds`.
 
-        The speed is that since the last line, so the slow first steps count in the first line alone.
+        The speed is measured since the last line, so the slow first steps affect the first line only.
         """
         if not self._first:
             return
@@ -210,7 +213,7 @@ class Progress:
         if line_due:
             fields = (name for name in ("val_loss", "train_loss", "tokens/s", "MFU") if name in self._shown)
             line = "   ".join(f"{name} {self._shown[name]}" for name in fields)
-            self._shown.clear()  # the next line must not show a training loss of before this one
+            self._shown.clear()  # the next line must not show a training loss from before this one
             if update > self._start:
                 each = (seconds - self._seconds) / (update - self._start)
                 line += f"   {(self._config.steps - update) * each:,.0f} s left"

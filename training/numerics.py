@@ -1,4 +1,4 @@
-"""What decides a run's rounding and speed on a device, in one place: precision, compilation, determinism."""
+"""The settings that decide a run's rounding and speed on a device: precision, compilation, determinism."""
 
 import sys
 from collections.abc import Callable
@@ -54,7 +54,10 @@ def graphs_compiled() -> int:
 
 
 def count_recompilations() -> Callable[[], str]:
-    """Called once training's graph is there. What it returns gives a line to print if there were others than validation's."""
+    """Call this once the training graph is compiled. Returns a function that gives a line to print, or "".
+
+    The line reports graphs compiled since then, beyond the one that validation needs.
+    """
     before = graphs_compiled()
 
     def line() -> str:

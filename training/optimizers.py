@@ -1,4 +1,4 @@
-"""From a run's options to its optimizer: ours by name, and any `torch.optim.Optimizer` by package.module:Class."""
+"""Builds a run's optimizer from its options: ours by name, any `torch.optim.Optimizer` by package.module:Class."""
 
 import difflib
 import importlib
@@ -19,15 +19,15 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {
     "gluon": Gluon, "mvr1": GluonMVR1, "mvr2": GluonMVR2, "mvr3": GluonMVR3, "single_batch": SingleBatchMVR,
     "previous_batch": PreviousBatchMVR, "muon_mvr": MuonMVR, "adamw": Gluon,
 }  # fmt: skip
-# Options that not every optimizer has. One that the user gives is passed on, and refused if the constructor lacks it.
+# Options that not every optimizer has. Those that the user sets are passed on; one that the constructor lacks is an error.
 _GIVEN = ("momentum", "gamma", "q", "weight_decay", "bias_correction", "eps")
 
 
 def build_optimizer(model: GPT, config: Config) -> Optimizer:
     """The run's optimizer, with two groups: the matrices of the blocks, and the tied embedding.
 
-    Optimizers with norms get each group's norm and radius, scale and polar. MuonMVR takes the blocks as matrices and the
-    embedding to AdamW. Any other optimizer gets two plain groups. `embed_options` is for the second group.
+    Optimizers with norms also get scale, polar, and each group's norm and radius. MuonMVR trains the embedding with AdamW. Any
+    other optimizer gets two plain groups. `embed_options` is for the second group.
     Raises UserError for an optimizer that can't be found or built.
     """
     kind = optimizer_class(config.optimizer)
@@ -127,4 +127,4 @@ def accepted(kind: type[Optimizer]) -> set[str]:
 def _refuse(config: Config, names: list[str], kind: type[Optimizer]) -> None:
     if names:
         has = ", ".join(sorted(accepted(kind)))
-        raise UserError(f"{names[0]} is not an option of optimizer = {config.optimizer}, which has {has}")
+        raise UserError(f"{names[0]} is not an option of optimizer = {config.optimizer}; its options are {has}")

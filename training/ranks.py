@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 class LostRankError(UserError):
-    """Another rank has died or hangs. The user's options cannot fix that, so the exit code is not 2."""
+    """Another rank died or hangs. No option can fix that, so the exit code is not 2."""
 
     exit_code = 1
 
@@ -37,8 +37,8 @@ class LostRankError(UserError):
 class Ranks:
     """This process's place among the others, and its device.
 
-    `host` is a group for messages between CPUs, `roll_call` a group that is used only to find out which rank is missing, and
-    `store` the key-value store of the ranks.
+    `host` is a group for messages between CPUs. `roll_call` is a group used only to find out which rank is missing. `store` is
+    the key-value store of the ranks.
     """
 
     rank: int
@@ -92,7 +92,7 @@ class Ranks:
             )
 
     def agree(self, decide: Callable[[], T]) -> T:
-        """Return what rank 0 decides, on every rank. Its `UserError` is raised on every rank."""
+        """Run `decide` on rank 0 and return its result on every rank. If it raises `UserError`, every rank does."""
         if self.size == 1:
             return decide()
         answer: list[Any] = [None, None]
@@ -107,7 +107,7 @@ class Ranks:
         return answer[0]
 
     def together(self, act: Callable[[], T]) -> T:
-        """Return what `act` returns on each rank. If some ranks raise `UserError`, all raise that of the first of them."""
+        """Run `act` on every rank and return its result there. If some ranks raise `UserError`, all raise the lowest rank's."""
         if self.size == 1:
             return act()
         result: Any = None
@@ -130,7 +130,7 @@ class Ranks:
         return values
 
     def mean(self, value: Tensor) -> Tensor:
-        """The mean over the ranks, on the device."""
+        """The mean over the ranks, on the device. May overwrite `value`, as `total` and `largest` do."""
         if self.size > 1:
             dist.all_reduce(value)
             value = value / self.size
@@ -159,8 +159,8 @@ class Ranks:
             assert torch.equal(others[0], theirs), f"the weights of rank {rank} differ from those of rank 0"
 
     @contextmanager
-    def naming_the_lost(self) -> Iterator[None]:
-        """If waiting for another rank fails, say which one does not answer."""
+    def naming_lost_ranks(self) -> Iterator[None]:
+        """If communication fails in this block, raise a LostRankError that names the ranks that do not answer."""
         try:
             yield
         except RuntimeError as error:
@@ -189,12 +189,12 @@ class StopSignal:
 
     A context manager. Python allows signal handlers in the main thread only; in another thread it installs none.
 
-    A rank that died or hangs inside a collective leaves the main thread of the others in torch, where no handler runs. So a
-    thread also listens for signals. If the step is not over when it should be, it ends the process. Inside `pause`, as during
-    a validation, no time counts.
+    If a rank dies or hangs inside a collective, the main threads of the others wait inside torch, where no handler runs. So a
+    thread also listens for signals. After one, it ends the process if the step takes too long. Time inside `pause`, as during
+    a validation, does not count.
     """
 
-    LEAST_WAIT = 5.0  # seconds; three times the longest step so far if that is more
+    LEAST_WAIT = 5.0  # seconds; three times the longest step so far if that is longer
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
@@ -202,7 +202,7 @@ class StopSignal:
         self._before: dict[signal.Signals, Any] = {}
         self._agreed = threading.Event()
         self._paused = False
-        self._step_began, self._longest = time.monotonic(), 10.0  # until a step has told how long one takes
+        self._step_began, self._longest = time.monotonic(), 10.0  # a guess, until a step has been timed
         self._first_step = True
         self._pipe: tuple[int, int, int] | None = None  # read end, write end, the wakeup file from before
 
@@ -245,7 +245,7 @@ class StopSignal:
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """While this lasts, a step is not late."""
+        """Inside this block, no step is late."""
         self._paused = True
         try:
             yield
@@ -253,7 +253,7 @@ class StopSignal:
             self._paused = False
 
     def finish(self) -> None:
-        """No step follows, so none can be late."""
+        """Call this after the last step: none can be late any more."""
         self._agreed.set()
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
@@ -322,7 +322,7 @@ def _claim(store: dist.Store) -> bool:
     """Whether this rank is the first to report what went wrong."""
     try:
         return store.add("told", 1) == 1
-    except RuntimeError:  # the store went with the rank that held it
+    except RuntimeError:  # the store died with the rank that held it
         return True
 
 

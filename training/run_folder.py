@@ -26,7 +26,7 @@ _CONTENTS = (
     "checkpoints", "config.json", "environment.json", "code.diff", "metrics.jsonl", "model.safetensors", "wandb", "tensorboard",
     REQUEUE,
 )  # fmt: skip
-# A checkpoint with other values of these belongs to another experiment. Other options may change when a run resumes.
+# A checkpoint that differs in one of these belongs to another experiment. Other options may change when a run resumes.
 _FIXED = (
     "seed", "shuffle", "batch_size", "seq_len", "vocab_size", "n_layer", "n_head", "d_model", "optimizer", "compare_with",
     "block_norm", "embed_norm",

@@ -19,7 +19,7 @@ from training.config import Config
 
 
 class Service(Protocol):
-    """What a tracker must offer. A run of W&B does."""
+    """The interface of a tracker. A run of W&B has it."""
 
     def log(self, values: dict[str, Any]) -> object:
         """Take one line."""
@@ -29,10 +29,10 @@ class Service(Protocol):
 
 
 class Tracker:
-    """Hands lines to a service that `start` makes. All calls of the service come from one daemon thread."""
+    """Hands lines to the service that `start` returns. One daemon thread makes all calls to the service."""
 
-    LINES = 1000  # the most that may wait
-    END_SECONDS = 30.0  # the most that the end of a run waits
+    LINES = 1000  # the most lines that may wait
+    END_SECONDS = 30.0  # how long the end of a run waits at most
 
     def __init__(self, name: str, start: Callable[[], Service]) -> None:
         self._name, self._start = name, start
@@ -42,7 +42,7 @@ class Tracker:
         self._thread.start()
 
     def log(self, values: dict[str, Any]) -> None:
-        """Hand over one line, or drop it. Never waits."""
+        """Queue one line, or drop it if the queue is full. Never waits."""
         if self._gone:
             return
         try:
