@@ -1,4 +1,4 @@
-"""AdamW for every parameter at B = 512: a reference. The settings are known from elsewhere and were not tuned here."""
+"""AdamW for every parameter at B = 512, as a reference. The settings come from other work and were not tuned here."""
 
 optimizer = "adamw"
 lr = 1.8e-3

@@ -1,4 +1,4 @@
-"""Gluon on the smallest model, 0.2 M parameters: the mini scale of experiments/, a minute of one core for 1,000 updates."""
+"""Gluon on the smallest model (0.2 M parameters), the mini scale of experiments/. 1,000 updates take a minute of one core."""
 
 from quickstart_gluon import *  # noqa: F403
 

@@ -1,4 +1,4 @@
-"""MVR-1 with a tenth of the correction (gamma = 0.1) at the recipe's momentum. Not the paper's: gamma < 1 is MARS's scale."""
+"""MVR-1 with a tenth of the correction (gamma = 0.1) at the recipe's momentum. gamma < 1 is MARS's, not the paper's."""
 
 optimizer = "mvr1"
 momentum = 0.9

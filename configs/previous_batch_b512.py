@@ -1,3 +1,3 @@
-"""PreviousBatchMVR at B = 512 (MUON-MVR's MVR3): compares with the previous batch at these weights. Two gradients a step."""
+"""PreviousBatchMVR at B = 512 (MUON-MVR's MVR3). It compares with the previous batch at these weights: two gradients a step."""
 
 optimizer = "previous_batch"

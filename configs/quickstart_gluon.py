@@ -1,4 +1,4 @@
-"""Gluon on a byte model that a CPU trains in minutes; the other quickstart configs start from this one."""
+"""Gluon on a byte model that a CPU trains in minutes. The other quickstart configs start from this one."""
 
 text = "sotu"
 data_dir = "data/sotu_bytes"

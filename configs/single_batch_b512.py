@@ -1,3 +1,3 @@
-"""SingleBatchMVR at B = 512 (MUON-MVR's MVR1): compares with the last step's gradient. One gradient a step."""
+"""SingleBatchMVR at B = 512 (MUON-MVR's MVR1). It compares with the last step's gradient: one gradient a step."""
 
 optimizer = "single_batch"

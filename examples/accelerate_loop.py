@@ -3,9 +3,9 @@
     pip install accelerate
     python examples/accelerate_loop.py                                    or: accelerate launch, torchrun
 
-The closure holds the loop over the micro-batches. Do not use `accelerator.accumulate` around it: the optimizer drops the
-gradients that lie in .grad when a pass begins, so earlier micro-batches would not count. The last micro-batch of a pass reduces
-over the ranks. With fp16 accelerate's scaler calls a bare step(); use bf16.
+The closure holds the loop over the micro-batches. Do not use `accelerator.accumulate` around it: the optimizer drops what is in
+.grad when a pass begins, so earlier micro-batches would not count. The last micro-batch of a pass reduces the gradients over
+the ranks. With fp16, accelerate's scaler calls a bare step(); use bf16.
 """
 
 from collections.abc import Iterator

@@ -2,8 +2,8 @@
 
     torchrun --standalone --nproc_per_node=2 examples/ddp.py
 
-The ranks share the optimizer's work: each matrix's momentum and LMO live on one rank, and every rank gets all directions. In
-each pass the last micro-batch reduces the gradients, and only that one.
+The ranks share the optimizer's work: one rank keeps each matrix's momentum and computes its LMO, and every rank gets all
+directions. In each pass only the last micro-batch reduces the gradients.
 """
 
 from contextlib import nullcontext

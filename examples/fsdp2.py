@@ -3,7 +3,7 @@
     torchrun --standalone --nproc_per_node=2 examples/fsdp2.py
 
 Give the optimizer the sharded parameters: build it after `fully_shard`. Momentum is sharded like its parameter. Each pass must
-reduce at its last micro-batch. One that does not leaves no gradient in .grad, and the optimizer raises a RuntimeError.
+reduce gradients at its last micro-batch. If it does not, .grad is empty, and the optimizer raises a RuntimeError.
 """
 
 import torch

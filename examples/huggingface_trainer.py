@@ -1,11 +1,10 @@
-"""Hugging Face's `Trainer` with Gluon and SingleBatchMVR, by `optimizers=`.
+"""Hugging Face's `Trainer` with Gluon and SingleBatchMVR, through `optimizers=`.
 
     pip install transformers accelerate
     python examples/huggingface_trainer.py
 
-The Trainer accumulates gradients itself and then calls a bare `step()`. That is all that Gluon and SingleBatchMVR need. It
-cannot evaluate a batch twice, so the variants with two passes raise a TypeError there. Use the loop of accelerate_loop.py for
-them.
+The Trainer accumulates gradients itself and then calls a bare `step()`, which is all that Gluon and SingleBatchMVR need. It
+cannot evaluate a batch twice, so the variants with two passes raise a TypeError. Use the loop of accelerate_loop.py for them.
 """
 
 import tempfile
@@ -29,7 +28,7 @@ class Samples(Dataset):
 
 
 class WithLoss(nn.Module):
-    """What the Trainer wants of a model: outputs with a loss."""
+    """A model as the Trainer expects it: its output holds the loss."""
 
     def __init__(self, net: Net) -> None:
         super().__init__()

@@ -6,10 +6,10 @@
 With manual optimization, as in `Manual` below, the closure holds the loop over the micro-batches, and everything works.
 
 Lightning's *automatic* optimization gives `step` a closure of its own, which evaluates the current micro-batch alone. Every
-variant works so, with two exceptions:
+variant works this way, on two conditions:
 
-- accumulate_grad_batches must be 1. A pass of these optimizers drops the gradients that lie in .grad when it begins, and with
-  them those of the earlier micro-batches. `Automatic` below therefore refuses another value.
+- accumulate_grad_batches must be 1. A pass of these optimizers starts by dropping what is in .grad, and with it the gradients
+  of the earlier micro-batches. So `Automatic` below refuses any other value.
 - leave gradient_clip_val off. It would clip each pass by itself, and the size of a step does not depend on the gradient's.
 """
 
@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 
 class Manual(lightning.LightningModule):
-    """Collects the micro-batches of a step, and then evaluates them as often as the optimizer asks."""
+    """Collects the micro-batches of a step, then evaluates them as often as the optimizer asks."""
 
     def __init__(self, variant: str, accumulate: int = 2) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class Manual(lightning.LightningModule):
 
 
 class Automatic(lightning.LightningModule):
-    """What most existing code is."""
+    """Automatic optimization, as in most existing code."""
 
     def __init__(self, variant: str) -> None:
         super().__init__()
@@ -79,13 +79,13 @@ class Automatic(lightning.LightningModule):
 
 
 def fit(module: Manual | Automatic, rows: int = MICRO, resume: str | None = None, **options: Any) -> lightning.Trainer:
-    """Train a module on all steps once, `rows` samples a micro-batch."""
+    """Train a module on all steps once, with `rows` samples per micro-batch."""
     x, y = (torch.cat(parts) for parts in zip(*map(batch, range(STEPS)), strict=True))
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = lightning.Trainer(max_epochs=1, accelerator="cpu", devices=1, **{**quiet, **options})
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of few loader workers
+        warnings.simplefilter("ignore")  # about few loader workers
         trainer.fit(module, DataLoader(TensorDataset(x, y), batch_size=rows), ckpt_path=resume)
     return trainer
 

@@ -3,7 +3,7 @@
     python train_gpt.py --config configs/quickstart_gluon.py --run-name two_horizons \
         --optimizer examples.my_optimizer:TwoHorizons --optimizer-options '{"slow": 0.95}'
 
-A subclass of `Gluon` changes the parts that differ. `optim.base.LayerwiseOptimizer` lists them. They all get lists of this
+A subclass of `Gluon` overrides the methods that differ; `optim.base.LayerwiseOptimizer` lists them. They get lists of this
 rank's tensors, one for each parameter with a gradient, so a formula is a few `torch._foreach` calls.
 """
 
@@ -21,7 +21,7 @@ class TwoHorizons(Gluon):
 
     E_k = β E_{k-1} + (1-β) g_k        S_k = β_s S_{k-1} + (1-β_s) g_k        M_k = E_k + α S_k
 
-    Arguments: as `Gluon`, `slow`: β_s in [0, 1), and `alpha`: α ≥ 0. α must stay as it is during a run.
+    Arguments: those of `Gluon`, `slow`: β_s in [0, 1), and `alpha`: α ≥ 0, which must not change during a run.
     """
 
     rules: ClassVar[dict[str, Rule]] = {"slow": PAST, "alpha": NON_NEGATIVE}  # new options, and the values they allow
@@ -32,13 +32,13 @@ class TwoHorizons(Gluon):
         super().__init__(params, lr, momentum, slow=slow, alpha=alpha, **options)
 
     def averages(self, group: dict[str, Any]) -> dict[str, float]:
-        """The buffers, and how much of its past each keeps. The LMO is taken of `momentum_buffer`."""
+        """The buffers, and how much of its past each keeps. `momentum_buffer` is the LMO's input."""
         return {"momentum_buffer": group["momentum"], "slow": group["slow"]}
 
     def fold(
         self, group: dict[str, Any], buffers: dict[str, list[Tensor]], past: dict[str, float], gradients: list[Tensor]
     ) -> None:
-        """Take in the gradients. `past` is what `averages` says, with bias correction."""
+        """Take in the gradients. `past` holds the weights that `averages` returns, with bias correction."""
         torch._foreach_add_(buffers["momentum_buffer"], buffers["slow"], alpha=-group["alpha"])  # M is E again
         super().fold(group, buffers, past, gradients)  # E ← β E + (1-β) g
         torch._foreach_lerp_(buffers["slow"], gradients, 1 - past["slow"])  # S ← β_s S + (1-β_s) g
@@ -49,5 +49,5 @@ class HiddenMVR1(GluonMVR1):
     """MVR-1 for the hidden layers, and Gluon for the groups with the sign norm: the head and the embedding."""
 
     def corrects(self, group: dict[str, Any]) -> bool:
-        """Whether this group takes the gradient of the batch at the previous weights."""
+        """Whether this group needs the batch's gradient at the previous weights."""
         return group["norm"] != "sign" and super().corrects(group)

@@ -3,9 +3,8 @@
     python examples/plain_pytorch.py
 
 A step is `optimizer.step(closure)`. The closure is an ordinary one: it zeroes the gradients, evaluates the loss of the batch,
-calls backward() and returns the loss. MVR-1, -2, -3 and PreviousBatchMVR call it twice a step, at other weights each time.
-Gluon and SingleBatchMVR need one gradient, so they also take the usual backward() and a bare step(). `step` leaves no
-gradient behind.
+calls backward() and returns the loss. MVR-1, -2, -3 and PreviousBatchMVR call it twice a step, each time at other weights.
+Gluon and SingleBatchMVR need one gradient, so the usual backward() and a bare step() work too. `step` leaves .grad empty.
 """
 
 from typing import Any
@@ -34,7 +33,7 @@ def train(variant: str, **options: Any) -> tuple[list[float], list[Tensor]]:
 
 
 def train_with_bare_step(variant: str) -> tuple[list[float], list[Tensor]]:
-    """The loop that existing code has. Variants with two passes refuse it with a TypeError."""
+    """The loop of most existing code. Variants with two passes raise a TypeError."""
     net = Net()
     optimizer = build(variant, net)
     losses = []

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # not needed where `optim` is installed
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # not needed if `optim` is installed
 from optim import Gluon, GluonMVR1, GluonMVR2, GluonMVR3, PreviousBatchMVR, SingleBatchMVR
 
 STEPS, ROWS, MICRO = 20, 16, 8  # steps, samples of a batch, samples of a micro-batch
@@ -67,7 +67,7 @@ def groups(net: nn.Module) -> list[dict[str, Any]]:
 
 
 def finish(runs: Mapping[str, tuple[Sequence[float], Sequence[Tensor]]]) -> None:
-    """Print the losses of the runs (and save them with the final weights, with --save FILE)."""
+    """Print the losses of the runs. With --save FILE, also save them and the final weights."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--save", metavar="FILE")
     if path := parser.parse_args().save:
@@ -79,8 +79,8 @@ def finish(runs: Mapping[str, tuple[Sequence[float], Sequence[Tensor]]]) -> None
 def leave() -> None:
     """Leave the process group, if there is one, and end the process without the interpreter's shutdown.
 
-    `destroy_process_group` joins gloo's threads only where nothing else holds the group. DTensor's caches do, and so does
-    torch._dynamo, imported late; and a thread that frees its last tensor during the shutdown aborts the process.
+    `destroy_process_group` joins gloo's threads only if nothing else holds the group. DTensor's caches hold it, and so does
+    torch._dynamo if imported late. A thread that frees its last tensor during the shutdown aborts the process.
     """
     if dist.is_initialized():
         dist.barrier()  # no rank closes its connections while another still needs them

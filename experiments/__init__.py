@@ -1,1 +1,1 @@
-"""Our studies: each is run as `python -m experiments.NAME`, and results/ holds what they found."""
+"""The studies. Run one with `python -m experiments.NAME`; results/ holds what they found."""

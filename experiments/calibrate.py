@@ -1,9 +1,9 @@
-"""Measure, on one thread, what a gradient of the byte model costs and what each optimizer's update costs besides.
+"""Measure the seconds of a gradient of the byte model, and of each optimizer's update, on one thread.
 
     OMP_NUM_THREADS=1 python -m experiments.calibrate        writes results/figures/calibration.json
 
-Medians of processor time, because clocks on a shared machine tell nothing. `update` is the time of `step` without its
-gradients: momentum, correction, polar factors, the weights.
+The numbers are medians of processor time, because other work on a shared machine disturbs the clock. `update` is the time of
+`step` without its gradients: momentum, correction, polar factors, the weights.
 """
 
 import json
@@ -49,7 +49,7 @@ def calibrate(batch: int, arms: tuple[Arm, ...], repeats: int) -> dict[str, Any]
         inside += time.process_time() - start
         return torch.zeros(())
 
-    for _ in range(repeats):  # in turn, so that what else the machine does falls on all alike
+    for _ in range(repeats):  # in turn, so that other work on the machine slows all arms alike
         for key, (trained, optimizer) in made_with.items():
             inside, start = 0.0, time.process_time()
             optimizer.step(partial(closure, list(trained.parameters())))
@@ -61,7 +61,7 @@ def calibrate(batch: int, arms: tuple[Arm, ...], repeats: int) -> dict[str, Any]
 def main(argv: list[str]) -> None:
     """Measure and write."""
     parser = Parser(prog="experiments.calibrate", description=__doc__.partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("--repeats", type=int, default=40)
+    parser.add_argument("--repeats", type=int, default=40, help="measurements of each time [40]")
     parser.add_argument("--out", type=Path, default=RESULTS / "figures" / "calibration.json")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)

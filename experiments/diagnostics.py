@@ -1,14 +1,14 @@
-"""Measure along a short run what momentum variance reduction does, and draw it.
+"""Measure what momentum variance reduction does during a short run, and draw it.
 
     python -m experiments.diagnostics --config configs/quickstart_mvr2.py --steps 80
     python -m experiments.diagnostics --draw results/diagnostics/quickstart_*.jsonl --out results/diagnostics/quickstart.png
 
 The run is a plain loop in one process over the config's data, model, optimizer and schedule. Any option of the config can be
-overridden. Every N steps it writes one line of results/diagnostics/RUN.jsonl. The measurements use copies of weights and leave
-weights, gradients and random state as they found them, so the run is the same as without them.
+overridden. Every N steps it writes one line of results/diagnostics/RUN.jsonl. The measurements restore weights, gradients and
+random state, so the run is the same as without them.
 
-After step k, the weights X_k, the last ones X_{k-1}, this batch ξ_k and the last one ξ_{k-1} give the three differences that
-the variants use as corrections, g_k - ĝ_k with g_k = ∇f(X_k; ξ_k) and
+After step k, the weights X_k, the previous weights X_{k-1}, this batch ξ_k and the previous batch ξ_{k-1} give the three
+differences that the variants use as corrections, g_k - ĝ_k with g_k = ∇f(X_k; ξ_k) and
 
     same             ĝ_k = ∇f(X_{k-1}; ξ_k)         MVR-1, -2, -3
     single_batch     ĝ_k = ∇f(X_{k-1}; ξ_{k-1})
@@ -99,7 +99,7 @@ def best_gamma(d1: Sequence[Tensor], d2: Sequence[Tensor]) -> float:
     """γ* = ⟨d₁, d₂⟩ / ‖(d₁+d₂)/2‖², from the d = g - ĝ of two independent halves of a batch.
 
     With Δ = E d, the change of the true gradient, E‖Δ - γ d‖² is least at γ = ‖Δ‖²/E‖d‖², and ⟨d₁, d₂⟩ is an unbiased
-    estimate of ‖Δ‖². It is for one step: it ignores the error that the momentum already carries. nan if d = 0.
+    estimate of ‖Δ‖². γ* is for one step: it ignores the error that the momentum already has. nan if d = 0.
     """
     both = mean((list(d1), list(d2)))
     return _over(inner(d1, d2), inner(both, both))
@@ -157,10 +157,10 @@ class Evaluation:
 
 
 def momentum_of(optimizer: Gluon, params: Sequence[Tensor], last: Callable[[], Gradients]) -> Gradients:
-    """M_k of the last step, of which its LMO was taken. `last`: this batch's gradient at the weights that the model holds.
+    """M_k, the LMO's input in the last step. `last`: this batch's gradient at the weights that the method needs.
 
-    single_batch keeps E, and M = (1-γ) E + γ g, where g is `last` before the update; previous_batch has already subtracted γ ĝ,
-    where ĝ is `last` after it.
+    single_batch keeps E, and M = (1-γ) E + γ g, where g is the gradient before the update. previous_batch has already
+    subtracted γ ĝ, where ĝ is the gradient after the update.
     """
     found = [optimizer.state[p]["momentum_buffer"].clone() for p in params]
     gamma = optimizer.param_groups[0].get("gamma", 0.0)
@@ -175,7 +175,7 @@ def measure(
     optimizer: Gluon, evaluation: Evaluation, weights: tuple[Gradients, Gradients, Gradients], batches: tuple[Batch, Batch],
     reference: Batch,
 ) -> dict[str, Any]:  # fmt: skip
-    """The record of step k. `weights`: X_{k-1}, X_k and what the model holds now. `batches`: ξ_{k-1} and ξ_k."""
+    """The record of step k. `weights`: X_{k-1}, X_k and the model's present weights. `batches`: ξ_{k-1} and ξ_k."""
     params = evaluation.params
     (then, now, held), (old, new) = weights, batches
 
@@ -210,14 +210,14 @@ def measure(
         "gradient_error": tracking_error(mean(g), target),
         "momentum_cosine": cosine(momentum, target),
         "gradient_cosine": cosine(mean(g), target),
-        # Of the update that led to X_k, on the reference batch: the change of the loss to first order, and what came on top.
+        # For the update that led to X_k, on the reference batch: the loss's change to first order, and the rest of the change.
         "first_order": predicted,
         "curvature": loss_now - loss_before - predicted,
     }
 
 
 def run(config: Config, every: int, reference: int, out: Path) -> list[dict[str, Any]]:
-    """Train, measure every so many steps, and write the records as they come."""
+    """Train, measure every `every` steps, and write each record at once."""
     device = torch.device("cuda" if config.device in ("auto", "cuda") and torch.cuda.is_available() else "cpu")
     loader = batches(config, device)
     count = -(-reference // config.batch_size)
@@ -252,7 +252,7 @@ def run(config: Config, every: int, reference: int, out: Path) -> list[dict[str,
 
 
 def draw(runs: dict[str, list[dict[str, Any]]], out: Path) -> None:
-    """Eight panels, a line for each run; the differences are those of `same`."""
+    """Draw eight panels, with a line for each run; the differences are those of `same`."""
     panels: dict[str, Callable[[dict[str, Any]], float | None]] = {
         "Loss on the reference batch": lambda r: r["reference_loss"],
         "γ* of one step": lambda r: r["best_gamma"]["same"],
@@ -285,11 +285,11 @@ def main(argv: list[str]) -> None:
     """Measure a run, or draw records."""
     parser = Parser(
         prog="experiments.diagnostics", description=__doc__.partition("\n")[0], allow_abbrev=False,
-        epilog="Every other option is the config's: see train_gpt.py --help.",
+        epilog="All other options go to the config: see train_gpt.py --help.",
     )  # fmt: skip
     parser.add_argument("--every", type=int, default=10, help="steps between measurements (default: %(default)s)")
     parser.add_argument("--reference", type=int, default=32, help="sequences of the reference batch (default: %(default)s)")
-    parser.add_argument("--folder", type=Path, default=RESULTS / "diagnostics", help="for the records (results/diagnostics)")
+    parser.add_argument("--folder", type=Path, default=RESULTS / "diagnostics", help="of the records (results/diagnostics)")
     parser.add_argument("--draw", nargs="+", type=Path, metavar="FILE", help="draw these records instead of training")
     parser.add_argument("--out", type=Path, help="picture (default: the run's name in the folder)")
     arguments, rest = parser.parse_known_args(argv)
@@ -297,7 +297,7 @@ def main(argv: list[str]) -> None:
         raise UserError("--every must be at least 1 and --reference at least 2")
     if arguments.draw:
         if rest:
-            raise UserError(f"{rest[0]} means nothing with --draw")
+            raise UserError(f"{rest[0]} has no effect with --draw; leave it out")
         try:
             runs = {path.stem: [json.loads(line) for line in path.read_text().splitlines()] for path in arguments.draw}
         except ValueError as error:

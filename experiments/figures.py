@@ -1,19 +1,19 @@
 """The figures of "Muon is Provably Faster with Momentum Variance Reduction": run or resume what is missing, and draw.
 
     python -m experiments.figures --figure 3 --scale mini --jobs 2     two cores
-    python -m experiments.figures --figure 1 --dry-run                 what it would run at full size, and what that costs
+    python -m experiments.figures --figure 1 --dry-run                 what would run at full size, and how long it takes
     python -m experiments.figures --figure 1                           GPUs and FineWeb
     python -m experiments.figures --figure 4 --scale mini --plot-only  draw again, from the packed records
 
-The protocol is the paper's: the baseline is Gluon at its recipe (β = 0.9, one lr, constant), the variant runs at the same lr,
-and the curves are compared at equal updates. The same is done at equal gradient evaluations and at equal seconds, because the
-variants take two gradients a step. Figures 1 and 2 show MVR-1 at B = 512 and B = 128, figure 3 MVR-2, figure 4 MVR-3 at
+The protocol is the paper's: the baseline is Gluon at its recipe (β = 0.9, one constant lr), the variant runs at the same lr,
+and the curves are compared at equal updates. They are also compared at equal gradient evaluations and at equal seconds, because
+the variants take two gradients a step. Figures 1 and 2 show MVR-1 at B = 512 and B = 128, figure 3 MVR-2, figure 4 MVR-3 at
 q = 0.5 and α = 0.8, in both readings of α. Where a caption gives no β or q, the figure shows several instead of a choice.
 
 `full` is GPT-124M on FineWeb-10B (configs/gluon_b512.py). `mini` is the byte model of configs/mini_gluon.py at lr 2.5e-4:
-8 sequences a step stand for B = 512, 2 for B = 128. A seed is the initial weights and the order of the data, the same for all
-arms. Differences are paired by seed, with 95% intervals (Student's t). At mini scale the baseline of figures 1 to 3 runs twice
-as long, so that a variant's end is compared with the Gluon that has used as many gradients.
+8 sequences a step stand for B = 512, 2 for B = 128. A seed sets the initial weights and the order of the data for all arms.
+Differences are paired by seed, with 95% intervals (Student's t). At mini scale the baseline of figures 1 to 3 runs twice as
+long, so that the end of a variant's run can be compared with Gluon at equal gradients.
 
 Runs go to runs/figures/, and their records to results/figures/. Mini seconds are calibrated (experiments.calibrate).
 Everything after `--` goes to train_gpt.py.
@@ -34,9 +34,9 @@ from training.config import Config, load_config
 from training.metrics import PEAK_FLOPS
 
 LR = 2.5e-4
-TEXT_STEPS = {8: 11000, 2: 44000}  # the embedded text is not longer
-ASSUMED_TOKENS = 14000  # a second and gradient on one core
-PEAK, SHARE = PEAK_FLOPS["H100"], 0.4  # and how much of it is assumed
+TEXT_STEPS = {8: 11000, 2: 44000}  # the longest run that the embedded text allows, by batch size
+ASSUMED_TOKENS = 14000  # per second on one core, each evaluated once
+PEAK, SHARE = PEAK_FLOPS["H100"], 0.4  # FLOP/s, and the assumed share of it
 SHARD = 100_000_000
 
 GLUON = Arm("gluon", "Gluon", {"optimizer": "gluon", "momentum": 0.9})
@@ -73,7 +73,7 @@ FIGURES = {
 
 @dataclass(frozen=True)
 class Folders:
-    """Where runs and results are."""
+    """The folders of runs and results."""
 
     runs: Path = RUNS
     results: Path = RESULTS
@@ -101,7 +101,7 @@ def plan(number: int, scale: str, seeds: int, steps: int | None, folders: Folder
 
 
 def _torchrun() -> tuple[str, ...]:
-    """How train_gpt.py starts on this machine's GPUs."""
+    """The command in front of train_gpt.py that starts it on this machine's GPUs."""
     import torch
 
     count = torch.cuda.device_count()
@@ -112,7 +112,7 @@ def _torchrun() -> tuple[str, ...]:
 
 
 def dry_run(comparison: Comparison, scale: str, speed: Mapping[str, Any] | None) -> str:
-    """The runs on paper."""
+    """The runs, their cost and their commands, as text."""
     full = scale == "full"
     rows = [["arm", "B", "updates", "tokens", "gradients", *(("shards", "1 GPU", "8 GPUs") if full else ("1 core",))]]
     total, shards = 0.0, 0
@@ -139,7 +139,7 @@ def dry_run(comparison: Comparison, scale: str, speed: Mapping[str, Any] | None)
 
 
 def config_of(arm: Arm, steps: int) -> Config:
-    """An arm's whole configuration, checked."""
+    """An arm's full configuration, checked."""
     return load_config(["--config", str(ROOT / arm.config), *words_of({**arm.options, "steps": steps})])
 
 
@@ -160,7 +160,7 @@ def _seconds(arm: Arm, config: Config, passes: int, full: bool, speed: Mapping[s
 
 
 def duration(seconds: float) -> str:
-    """In the unit that suits it."""
+    """Seconds as text, in a unit that suits them."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
@@ -223,13 +223,13 @@ def main(argv: list[str]) -> None:
     parser = Parser(prog="experiments.figures", description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--figure", type=int, choices=tuple(FIGURES), required=True)
     parser.add_argument("--scale", choices=("full", "mini"), default="full")
-    parser.add_argument("--seeds", type=int, help="how many: 0, 1, … (default: 1 at full size, 5 at mini)")
+    parser.add_argument("--seeds", type=int, help="number of seeds, from 0 on (default: 1 at full size, 5 at mini)")
     parser.add_argument("--steps", type=int, help="updates (default: the config's; mini: 1000, figure 4: 3000)")
-    parser.add_argument("--only", nargs="+", metavar="ARM", help="run these arms alone")
+    parser.add_argument("--only", nargs="+", metavar="ARM", help="run only these arms")
     parser.add_argument("--jobs", type=int, default=1, help="mini runs at once, one thread each [1]")
     parser.add_argument("--runs", type=Path, default=RUNS, help="where runs go [runs]")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where results go [results]")
-    parser.add_argument("--dry-run", action="store_true", help="say what would run, and what it costs")
+    parser.add_argument("--dry-run", action="store_true", help="print what would run, and how long it takes")
     parser.add_argument("--plot-only", action="store_true", help="draw what is there")
     arguments = parser.parse_args(own)
     scale, folders = arguments.scale, Folders(arguments.runs, arguments.results)
@@ -263,7 +263,7 @@ def _need_gpu() -> None:
     import torch
 
     if not torch.cuda.is_available():
-        raise UserError("the full size needs a GPU; --scale mini runs on a CPU, --dry-run says what full would take")
+        raise UserError("the full size needs a GPU; --scale mini runs on a CPU, --dry-run says how long the full size takes")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Write tables from the packed records: results/README.md's leaderboard and figures at mini scale, and README.md's answer.
 
-python -m experiments.leaderboard            rewrite what stands between the pages' marks
-python -m experiments.leaderboard --check    say what is not what the records say; exit code 2 if anything is not
+python -m experiments.leaderboard            rewrite the text between the pages' markers
+python -m experiments.leaderboard --check    list the sections that differ from the records; exit code 2 if there is one
 """
 
 import sys
@@ -21,7 +21,7 @@ COMMAND = "python -m experiments.sweep --evaluate"
 
 
 def evaluated(folders: Folders) -> list[dict[str, Any]]:
-    """A row for each method at its best setting, lowest loss at equal updates first; none if Gluon has no run yet."""
+    """A row for each method at its best setting, lowest loss at equal updates first; no rows if Gluon has no run yet."""
     comparisons = sweep.evaluation(folders)
     if not comparisons or not comparisons[0].curves(comparisons[0].baseline):
         return []
@@ -31,7 +31,7 @@ def evaluated(folders: Folders) -> list[dict[str, Any]]:
 
 
 def leaderboard(rows: list[dict[str, Any]]) -> str:
-    """The whole comparison, with the command that made each row."""
+    """The full comparison, with the command that made each row."""
     heads = ["method", "setting", "validation loss [95%]", "updates", "gradients", "seconds"]
     lines = [[*heads, "minus Gluon: equal updates", "equal gradients", "equal seconds", "command"]]
     for row in rows:
@@ -43,7 +43,7 @@ def leaderboard(rows: list[dict[str, Any]]) -> str:
 
 
 def answer(rows: list[dict[str, Any]]) -> str:
-    """The same in short, for README.md."""
+    """A short form of the leaderboard, for README.md."""
     lines = [["method", "best setting", "loss [95%]", "gradients", "minus Gluon: equal updates", "equal gradients"]]
     for row in rows:
         cells = [row["label"], row["setting"], row["loss"].level, f"{row['passes']:,.0f}"]
@@ -74,7 +74,7 @@ def figure_sections(folders: Folders) -> dict[str, str]:
 
 
 def pages(folders: Folders) -> dict[Path, dict[str, str]]:
-    """What each page has between its marks."""
+    """The generated sections of each page, by name."""
     rows = evaluated(folders)
     return {
         folders.results / "README.md": {"leaderboard": leaderboard(rows), **figure_sections(folders)},
@@ -83,7 +83,7 @@ def pages(folders: Folders) -> dict[Path, dict[str, str]]:
 
 
 def stale(folders: Folders | None = None) -> list[str]:
-    """The sections that are not there, or not what the records say."""
+    """The sections that are missing or differ from the records."""
     folders = folders or Folders()
     return [
         f"{name} of {page.relative_to(folders.results.parent)}"
@@ -106,7 +106,7 @@ def main(argv: list[str]) -> None:
     folders = Folders(RUNS, arguments.results)
     if arguments.check:
         if wrong := stale(folders):
-            raise UserError(f"{', '.join(wrong)}: not what the records say; run python -m experiments.leaderboard")
+            raise UserError(f"{', '.join(wrong)}: differs from the records; run python -m experiments.leaderboard")
         return
     written = pages(folders)
     for page, own in written.items():

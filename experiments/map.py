@@ -1,17 +1,17 @@
-"""Where does the correction pay? The loss of MVR-1 and MVR-2 minus Gluon's, over the step and the weight of the new gradient.
+"""Where does the correction pay? Maps the loss of MVR-1 and MVR-2 minus Gluon's over lr and the weight of the new gradient.
 
-    python -m experiments.map --plan              what it runs, and for how long
+    python -m experiments.map --plan              what would run, and for how long
     python -m experiments.map --jobs 2            run or resume, measure the noise, draw; about 8 hours of one core
     python -m experiments.map --plot-only         draw again, from the packed records
 
 MVR-1 (γ = 1) runs over (lr, β) and is compared with Gluon at the same lr and β. MVR-2 runs over (lr, q) at β = 0.9 and is
-compared with Gluon at that lr and β = 0.9. Both maps are read at two horizons, a fifth of the run and its end; the lr is
-constant, so a run's beginning is a shorter run.
+compared with Gluon at that lr and β = 0.9. Both maps show two horizons, a fifth of the run and its end; the lr is constant, so
+the start of a run is the same as a shorter run.
 
-The claim that it tests: the noise S of g - ĝ enters every step and lives as long as the average does, so the correction pays
-where S/σ is below the weight of the new gradient, 1-β or q (σ is the noise of g). S/σ is measured along runs of Gluon at each
-lr (experiments.smoothness), as the median over layers and over the second half of the run. The dotted line is S/σ; the claim is
-that the map is below zero above it.
+The maps test a claim. The noise S of g - ĝ enters every step and lasts as long as the average's memory. So the correction
+should pay where S/σ is below the weight of the new gradient, 1-β or q (σ is the noise of g). S/σ is measured in a run of Gluon
+at each lr (experiments.smoothness), as the median over layers and over the second half of the run. The dotted line is S/σ; the
+claim says that the differences above the line are negative.
 """
 
 import json
@@ -44,7 +44,7 @@ Cell = tuple[str, float, float]  # method, lr, and β (gluon, mvr1) or q (mvr2)
 
 
 def cells() -> list[Cell]:
-    """All runs of one seed. Gluon's at β = 0.9 serve both maps."""
+    """All runs of one seed. Gluon's runs at β = 0.9 serve both maps."""
     gluon = [("gluon", lr, beta) for lr in LRS for beta in BETAS]
     return gluon + [("mvr1", lr, beta) for lr in LRS for beta in BETAS] + [("mvr2", lr, q) for lr in LRS for q in QS]
 
@@ -93,7 +93,7 @@ def _gap(variant: float, baseline: float) -> float:
 
 
 def noise(path: Path, words: list[str]) -> dict[float, float]:
-    """S/σ at each lr, measured where it is not in the file yet."""
+    """S/σ at each lr. Values that the file lacks are measured and added to it."""
     held = {float(lr): ratio for lr, ratio in json.loads(path.read_text()).items()} if path.exists() else {}
     for lr in LRS:
         if lr not in held:
@@ -108,7 +108,7 @@ def noise(path: Path, words: list[str]) -> dict[float, float]:
 
 
 def verdict(rows: list[dict[str, Any]], ratios: dict[float, float]) -> str:
-    """In how many cells the claim names the sign."""
+    """In how many cells the claim predicts the sign, in words."""
     right = sum((row["difference"].mean < 0) == (ratios[row["lr"]] < row["weight"]) for row in rows)
     below = sum(row["difference"].mean < 0 for row in rows)
     predicted = sum(ratios[row["lr"]] < row["weight"] for row in rows)
@@ -136,7 +136,7 @@ def page(rows: list[dict[str, Any]], ratios: dict[float, float]) -> str:
 
 
 def draw(rows: list[dict[str, Any]], ratios: dict[float, float], out: Path) -> None:
-    """Four maps: two methods, two horizons."""
+    """Draw four maps: two methods, two horizons."""
     plt = pyplot()
     horizons = sorted({row["horizon"] for row in rows})
     finite = [abs(row["difference"].mean) for row in rows if math.isfinite(row["difference"].mean)]
@@ -168,7 +168,7 @@ def draw(rows: list[dict[str, Any]], ratios: dict[float, float], out: Path) -> N
 
 
 def _place(ratio: float, weights: list[float]) -> float:
-    """Where a number lies among the rows of a map, on a logarithmic scale between them."""
+    """The position of a number among the rows of a map, interpolated on a logarithmic scale."""
     logs, x = [math.log(weight) for weight in weights], math.log(ratio)
     i = max(1, min(len(logs) - 1, sum(log < x for log in logs)))
     return i - 1 + (x - logs[i - 1]) / (logs[i] - logs[i - 1])
@@ -178,11 +178,11 @@ def main(argv: list[str]) -> None:
     """Run what is missing, then write the maps."""
     parser = Parser(prog="experiments.map", description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--steps", type=int, default=STEPS, help=f"the long horizon, a multiple of {SHARE} [{STEPS}]")
-    parser.add_argument("--seeds", type=int, default=1, help="how many: 0, 1, … [1]")
+    parser.add_argument("--seeds", type=int, default=1, help="number of seeds, from 0 on [1]")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, one thread each [1]")
     parser.add_argument("--runs", type=Path, default=RUNS, help="where runs go [runs]")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where results go [results]")
-    parser.add_argument("--plan", action="store_true", help="print the runs, and end")
+    parser.add_argument("--plan", action="store_true", help="print the runs and stop")
     parser.add_argument("--plot-only", action="store_true", help="draw what is there")
     arguments = parser.parse_args(argv)
     folders, steps = Folders(arguments.runs, arguments.results), arguments.steps

@@ -1,4 +1,4 @@
-"""The theory, measured: how fast do Gluon and its momentum-variance-reduced variants converge on stochastic matrices?
+"""How fast do Gluon and its momentum-variance-reduced variants converge? The theory's rates, measured on matrix problems.
 
     python -m experiments.rates            # 6 to 8 minutes on one thread; writes results/rates/
     python -m experiments.rates --quick    # seconds; writes results/rates-quick/
@@ -21,31 +21,31 @@ float64 with the exact polar factor, and shares no code with the optimizers in `
 
     Gluon: q = 1, gamma = 0     MVR-1: q = 1, gamma = 1     MVR-2: q < 1, gamma = 0     MVR-3: q < 1, gamma = 1
 
-MVR-1 with weight decay is Muon-MVR of theorem 1. Beside the paper's algorithms stand two corrections of MUON-MVR (Chang et
-al.), with q = 1: `single_batch` takes ghat_k = grad f(X_{k-1}; xi_{k-1}), which is one gradient a step, and `previous_batch`
-takes ghat_k = grad f(X_k; xi_{k-1}).
+MVR-1 with weight decay is Muon-MVR of theorem 1. Two corrections of MUON-MVR (Chang et al.) run too, with q = 1:
+`single_batch` takes ghat_k = grad f(X_{k-1}; xi_{k-1}), which needs one gradient a step, and `previous_batch` takes
+ghat_k = grad f(X_k; xi_{k-1}).
 
-**Schedules**, constant over a run; c_alpha and c_t are the multipliers that the theory leaves free. The powers of K
-are those of the paper's rates; of its proofs only theorem 1 is quoted, the balances below are the standard ones.
+**Schedules** are constant over a run; the theory leaves the multipliers c_alpha and c_t free. The powers of K are those of
+the paper's rates. Of the paper's proofs only theorem 1 is used; the balances below are the standard ones.
 
 *Non-convex* (b = 0). The descent lemma of an LMO step gives mean ||grad f||_* <= D/(tK) + 2 E||M - grad f||_* + Lt/2.
   - Gluon's momentum error is sqrt(alpha) sigma + L t/alpha + sigma/(alpha K), so alpha = c_alpha K^-1/2 and
     t = c_t K^-3/4 balance everything at K^-1/4 (the constant form of 1 - beta_k = (k+1)^-1/2, t_k ~ (k+1)^-3/4).
-  - MVR-1's is sqrt(alpha) sigma + L t/sqrt(alpha) + sigma/(alpha K), for g_k - ghat_k carries the momentum along:
+  - MVR-1's is sqrt(alpha) sigma + L t/sqrt(alpha) + sigma/(alpha K), because g_k - ghat_k moves the momentum with X:
     alpha = c_alpha K^-2/3 and t = c_t K^-2/3 balance everything at K^-1/3 (the constant form of
     1 - beta_k ~ t_k ~ (k+1)^-2/3).
   - MVR-2's and MVR-3's estimator d has that error with q in place of alpha: q = c_alpha K^-2/3, t = c_t K^-2/3. Momentum over
     d adds a lag of L t/alpha to MVR-2, and a noise of L t/sqrt(alpha) to MVR-3. With alpha = sqrt(q) neither is larger than
-    what d has already, so both keep K^-1/3 and have no more free constants than the others.
+    the error of d, so both keep K^-1/3 and have no more free constants than the others.
 
 *Star-convex* (theorem 1: its beta is our b, its eta our t, its alpha our alpha; it asks alpha >= b and
 t >= b max(||X_0||, ||X*||)). With t = bR the step is a Frank-Wolfe step in a ball of radius R, and
 f(X_K) - f* <= (1 - b)^K D + 2R E||M - grad f||_* + O(L R^2 b). b = c_t log K / K makes the first term K^-c_t, and
-  - Muon's error sqrt(alpha) sigma + L t/alpha asks for alpha = c_alpha b^(2/3): in all (log K / K)^(1/3);
-  - Muon-MVR's sqrt(alpha) sigma + L t/sqrt(alpha) for alpha = c_alpha b, c_alpha >= 1: in all (log K / K)^(1/2).
+  - Muon's error sqrt(alpha) sigma + L t/alpha needs alpha = c_alpha b^(2/3): in total (log K / K)^(1/3);
+  - Muon-MVR's sqrt(alpha) sigma + L t/sqrt(alpha) needs alpha = c_alpha b, c_alpha >= 1: in total (log K / K)^(1/2).
     MVR-2 and MVR-3 take q = c_alpha b and alpha = sqrt(q); the paper states no rate for them here.
-Here R = 3 and max(||X_0||, ||X*||) = 2. The logarithm makes both bounds flatter on a finite range; the table gives the
-bound's own fitted slope next to the exponent.
+Here R = 3 and max(||X_0||, ||X*||) = 2. The logarithm makes both bounds flatter on a finite range, so the table gives the
+bound's fitted slope next to the exponent.
 
 **Methods.** Gluon and MVR-1, -2, -3 on their schedules. As controls: single_batch with gamma = 1 - beta (Nesterov's momentum)
 on Gluon's schedule; single_batch and previous_batch with gamma = 1 on MVR-1's schedule; and Gluon on MVR-1's schedule, to
@@ -56,33 +56,33 @@ show what the schedule does without the correction.
     f(X; xi) = f(X) + sigma <A, U> + sigma <B, sin U>        grad f(X; xi) = h'(U) + sigma (A + B cos U)
 
 so f, its gradient and f* are exact; the noise is unbiased, of bounded variance and mean-square Lipschitz in X (without B
-g_k - ghat_k would be noiseless). The entries are coupled by the polar factor. A and B are standard Gaussian.
-  - `cauchy` (non-convex): h(u) = log(1 + u^2), started where the entries of U are about 2, so h'' < 0. (u^2/(1+u^2) would
-    do as well but for its plateaus: a run that is blown away along one ends with a small gradient and looks good.)
+g_k - ghat_k would have no noise). The polar factor couples the entries. A and B are standard Gaussian.
+  - `cauchy` (non-convex): h(u) = log(1 + u^2), started where the entries of U are about 2, so h'' < 0. (u^2/(1+u^2) has
+    plateaus: a run that diverges along one ends with a small gradient and looks good.)
   - `cauchy-skew`: the same with skewed noise, A = (chi^2_1 - 1)/sqrt(2). A symmetric noise cancels in the mean of
-    polar(gradient + noise) even where the momentum does not average it at all; the theory does not assume symmetry.
+    polar(gradient + noise) even if the momentum does not average it at all; the theory does not assume symmetry.
   - `logcosh` (star-convex, being convex): h(u) = log cosh u. At its quadratic minimum f - f* is of the order of
     ||grad f||^2 while the bound is of the order R ||grad f||, so slopes of up to twice the bound's are expected.
-  - `quartic` (the same, flat minimum): h(u) = sqrt(1 + u^4) - 1; f - f* ~ ||grad f||^(4/3), so 4/3 of them.
-sigma = 1 throughout, fixed beforehand. One gradient's noise has a dual norm of about 8 at the start and more at the
-minimum; the exact gradient's is 6 at the start of `cauchy` and about 2 or less in the mean at K >= 2^11.
+  - `quartic` (the same, flat minimum): h(u) = sqrt(1 + u^4) - 1; f - f* ~ ||grad f||^(4/3), so slopes of up to 4/3 of it.
+sigma = 1 throughout, fixed beforehand. The noise of one gradient has a dual norm of about 8 at the start and more at the
+minimum. The exact gradient has 6 at the start of `cauchy`, and a mean of about 2 or less at K >= 2^11.
 
-**Constants.** For each problem and method a grid of pairs (c_alpha, c_t), equally many for every method, is run on 8
-seeds that are used for nothing else, and the pair with the smallest mean error at the single horizon K = 2^11, the
-middle of the range, is kept for all K. Slopes play no part in the choice. The grids keep alpha < 1 at every K and, in
-the star-convex problems, c_t >= 1/2 and alpha >= b as the theory demands; in the non-convex ones t is at
-most a quarter of ||X_0 - W|| (larger steps at small K throw X so far out that h' vanishes, which the dual norm takes for
-success). A choice at a grid's end is marked.
-The same runs give the *envelope*: the best pair of the grid for each K <= 2^11 separately, without a re-test. It tells
-whether a gap in slope comes from the prescribed powers of K alone. And the range of the slopes of all pairs whose error at
-2^11 is within 25% of the best tells how much the slope depends on the constants.
+**Constants.** For each problem and method a grid of pairs (c_alpha, c_t), of the same size for every method, is run on 8
+seeds that are used for nothing else. The pair with the smallest mean error at the single horizon K = 2^11, the middle of
+the range, is kept for all K. Slopes play no part in the choice. The grids keep alpha < 1 at every K and, in the star-convex
+problems, c_t >= 1/2 and alpha >= b as the theory demands. In the non-convex ones t is at most a quarter of ||X_0 - W||:
+larger steps at small K throw X so far out that h' vanishes, and a small dual norm would look like success. A choice at an
+end of the grid is marked.
+The same runs give the *envelope*: the best pair of the grid for each K <= 2^11 separately, without a re-test. It shows
+whether a gap in slope comes from the prescribed powers of K alone. The range of the slopes of all pairs whose error at
+2^11 is within 25% of the best shows how much the slope depends on the constants.
 
 **Statistics.** 16 seeds (the start and the noise; the noise is shared between the methods, independent between
 horizons). Least-squares slope of log(mean over seeds) against log K; 95% percentile interval from 10,000 bootstrap
 resamples of the seeds, joint over horizons and methods, so that differences are paired. The interval covers
 only the scatter between seeds, not the curvature of the line or the choice of problem and constants. So the table also has
-the slope of the upper half (K >= 2^11), and the picture has the local slopes. The mean dual norm is taken over 1024 evenly
-spaced steps where K is larger.
+the slope of the upper half (K >= 2^11), and the picture has the local slopes. The mean dual norm is over all steps, or over
+1024 evenly spaced ones if K is larger.
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ PROBLEMS = (
 
 @dataclass(frozen=True)
 class Method:
-    """What it compares with ("same": this draw at the previous weights), the rule for gamma, and whose schedule it runs on."""
+    """What the correction compares with ("same": this draw at the previous weights), the rule for gamma, and the schedule."""
 
     name: str
     compares: str  # "same", "single_batch" or "previous_batch"
@@ -240,14 +240,14 @@ def schedule(arm: Arm, K: int, radius: float) -> tuple[float, float, float, floa
 
 
 def bound(method: Method, K: float, radius: float) -> float | None:
-    """The paper's rate, up to a constant; None where it states none."""
+    """The paper's rate, up to a constant; None if it states none."""
     if radius:
         return None if method.exponent_decay is None else (math.log(K) / K) ** method.exponent_decay
     return None if method.exponent is None else K**method.exponent
 
 
 def arms_of(method: Method, radius: float) -> list[Arm]:
-    """The tuning grid: equally many pairs for everyone, within what the theory allows."""
+    """The tuning grid: the same number of pairs for every method, within what the theory allows."""
     if radius:
         alphas = (0.6, 1.0, 1.5, 2.0, 3.0) if method.schedule == "gluon" else (1.0, 2.0, 3.0, 4.0, 6.0)
         steps = (0.5, 0.75, 1.0, 1.5, 2.0)
@@ -272,9 +272,9 @@ def nuclear(G: Tensor) -> Tensor:
 
 
 def noise_stream(horizons: Sequence[int], seeds: Sequence[int]) -> Callable[[int], Tensor]:
-    """noise(k), k = 0, 1, ... -> (2, horizons that still run, 1, seeds, N, N), standard Gaussian.
+    """A function noise(k), k = 0, 1, ... -> (2, horizons that still run, 1, seeds, N, N), standard Gaussian.
 
-    Each (seed, K) has a generator of its own, so that a run can be repeated alone.
+    Each (seed, K) has its own generator, so that a run can be repeated alone.
     """
     sources = {(K, s): np.random.default_rng([s, K]) for K in horizons for s in seeds}
     block = math.gcd(*horizons)
@@ -297,9 +297,9 @@ def simulate(
     seeds: Sequence[int],
     watch: Callable[[int, Tensor, Tensor], None] | None = None,
 ) -> dict[str, Tensor]:
-    """Run all arms at all horizons (descending) and seeds at once; returns each of CURVES as (horizons, arms, seeds).
+    """Run all arms at all horizons (descending) and seeds at once. Returns each of CURVES as (horizons, arms, seeds).
 
-    X is (horizons, arms, seeds, N, N); a horizon that is done leaves the end of the first axis.
+    X is (horizons, arms, seeds, N, N). A finished horizon is cut off at the end of the first axis.
     """
     horizons = list(horizons)
     assert horizons == sorted(horizons, reverse=True)
@@ -354,7 +354,7 @@ def slope(log_k: np.ndarray, log_y: np.ndarray) -> np.ndarray:
 
 
 def interval(samples: np.ndarray) -> list[float]:
-    """The central 95%."""
+    """The central 95% of the samples."""
     return [float(v) for v in np.quantile(samples, (0.025, 0.975))]
 
 
@@ -419,7 +419,7 @@ def noise_ratio(problem: Problem, seeds: Sequence[int]) -> dict[str, float]:
 
 
 def run(horizons: Sequence[int], seeds: Sequence[int], tune_to: int, tune_seeds: Sequence[int]) -> dict:
-    """All problems: tuning on its own seeds, then the measurement. Returns what rates.json holds of it."""
+    """Tune every problem on its own seeds, then measure. Returns the results for rates.json."""
     assert not set(seeds) & set(tune_seeds)
     results = {}
     for problem in PROBLEMS:
@@ -499,7 +499,7 @@ def show(value: float, ci95: Sequence[float], digits: int = 3) -> str:
 
 
 def table(report: dict) -> str:
-    """The report as markdown."""
+    """The report as Markdown."""
     horizons = report["horizons"]
     low, mid, high = (round(math.log2(horizons[i])) for i in (0, len(horizons) // 2, -1))
     top = report["tuning_horizons"][-1]
@@ -620,12 +620,12 @@ def picture(report: dict, path: Path) -> None:
 
 
 def machine() -> dict[str, str]:
-    """What it ran on."""
+    """The machine and the versions."""
     return {"cpu": cpu_name(), "torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()}
 
 
 def main(argv: Sequence[str] | None = None) -> dict:
-    """Run, or only draw again; returns the report."""
+    """Run, or only draw again. Returns the report."""
     parser = Parser(description="measured convergence rates of Gluon and MVR", allow_abbrev=False)
     parser.add_argument("--quick", action="store_true", help="K = 2^4 … 2^9 and 8 seeds: a check, not a measurement")
     parser.add_argument("--replot", action="store_true", help="tables and picture again, from rates.json")

@@ -1,8 +1,8 @@
-"""Is this a record? The row of docs/records.md for the runs of one setting, one seed each.
+"""Is this a record? Prints the row of docs/records.md for the runs of one setting, one seed each.
 
     python -m experiments.record runs/mine_seed* --target 3.28
 
-The rule is that page's. Every run counts, at its last validation: the runs have one setting and one length, chosen before.
+That page states the rule. Every run counts, with its last validation: the setting and the length were chosen beforehand.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from training.curves import curve, read_config, read_metrics
 
 LEAST_SEEDS = 3
 MOST_CHANCE = 0.01
-# What may differ between the runs of one setting: where they lie, and what does not change what is computed.
+# Options that may differ between the runs of one setting: where files are, and what does not change the computation.
 _FREE = {
     "run_name", "results_dir", "overwrite", "resume", "seed", "data_dir", "micro_batch_size", "log_every", "checkpoint_every",
     "keep_checkpoints", "keep_every", "rank_timeout", "wandb", "wandb_project", "tensorboard",
@@ -28,7 +28,7 @@ _FREE = {
 
 
 def chance(losses: Sequence[float], target: float) -> float:
-    """P of a mean so far below the target if the true mean were the target (one-sided t test). 1 if a loss is not finite."""
+    """The p-value of a one-sided t test that the mean is below the target. 1 if a loss is not finite."""
     if not all(map(math.isfinite, losses)):
         return 1.0
     mean, spread = statistics.fmean(losses), statistics.stdev(losses)
@@ -50,9 +50,9 @@ def row(folders: Sequence[Path], target: float) -> tuple[list[str], bool]:
         if point["update"] != config.get("steps"):
             raise UserError(f"{folder} ends at update {point['update']} of {config.get('steps')}; only finished runs count")
     if len({config["seed"] for config in configs}) < len(configs):
-        raise UserError("two runs have the same seed; a record needs one run a seed")
+        raise UserError("two runs have the same seed; a record needs one run per seed")
     if len(folders) < LEAST_SEEDS:
-        raise UserError(f"a record needs at least {LEAST_SEEDS} seeds; here are {len(folders)}")
+        raise UserError(f"a record needs at least {LEAST_SEEDS} seeds, not {len(folders)}")
     losses = [point["val_loss"] for point in last]
     p = chance(losses, target)
     cells = [str(configs[0]["optimizer"]), f"{last[0]['update']:,}", f"{last[0]['passes']:,}"]
@@ -84,10 +84,10 @@ HEADS = ["optimizer", "updates", "gradients", "seconds", "validation loss ± σ"
 
 def main(arguments: list[str] | None = None) -> None:
     """The command."""
-    parser = Parser(prog="python -m experiments.record", description="The record's row for the runs of one setting.")
+    parser = Parser(prog="python -m experiments.record", description="Print a record's row for the runs of one setting.")
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the folders of all runs of the setting")
-    parser.add_argument("--target", type=float, default=3.28, help="the validation loss to be below")
+    parser.add_argument("--target", type=float, default=3.28, help="the validation loss to beat")
     options = parser.parse_args(arguments)
     cells, valid = row(options.runs, options.target)
     print(markdown([HEADS, cells]), end="")

@@ -1,7 +1,7 @@
-"""Runs of train_gpt.py, a process each and a few at a time: started, resumed, skipped if they are done, and packed.
+"""Starts or resumes runs of train_gpt.py, a few at a time and each in its own process, and packs their records.
 
-A run writes to runs/, which is not kept. What it measured is packed: one file per arm of a study, one line of JSON per run,
-with the run's name, config, environment and metrics. A packed run counts as done, so a study can go on without runs/.
+A run writes to runs/, which is not kept. Its measurements are packed: one file per arm of a study, one line of JSON per run,
+with the run's name, config, environment and metrics. A packed run counts as done, so a study can continue without runs/.
 """
 
 import json
@@ -29,7 +29,7 @@ from training.curves import curve, read_config, read_metrics, read_packed
 ROOT = Path(__file__).resolve().parent.parent
 GOES_ON = "stopped; the same command goes on from here"
 
-# These may change without making it another run.
+# Options that may change without making it another run.
 _FREE = {"steps", "val_every", "log_every", "checkpoint_every", "keep_checkpoints", "data_dir", "device"}
 _ENVIRONMENT = ("time", "platform", "device", "cores", "threads", "python", "torch", "cuda", "revision")
 
@@ -38,7 +38,7 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Job:
-    """One run: its folder, the file that its record is packed into, its config file and the options that differ from it."""
+    """One run: its folder, the file that holds its packed record, its config file, and the options that override it."""
 
     folder: Path
     packed: Path
@@ -52,7 +52,7 @@ class Job:
 
     @property
     def command(self) -> list[str]:
-        """The command, with paths relative to the repository if they lie in it."""
+        """The command, with paths inside the repository relative to it."""
         options = {
             "results_dir": relative(self.folder.parent),
             "run_name": self.folder.name,
@@ -63,11 +63,11 @@ class Job:
 
     @property
     def line(self) -> str:
-        """The command as it is typed into a shell."""
+        """The command as typed in a shell."""
         return f"python {shlex.join(self.command[1:])}"
 
     def record(self) -> Record | None:
-        """What is known of this run: the packed record or the folder's, whichever is further on; None if there is none."""
+        """The packed record of this run or the folder's, whichever is further on; None if there is neither."""
         packed, here = packed_records(self.packed).get(self.folder.name), self._of_folder()
         return max((r for r in (packed, here) if r is not None), key=_reached, default=None)
 
@@ -84,7 +84,7 @@ class Job:
         return record | ({"diverged": diverged.read_text().strip()} if diverged.exists() else {})
 
     def changed(self) -> str:
-        """Which setting this run was started with that is another one now, in words; empty if there is none."""
+        """A message that names a setting that differs from the one this run was started with; empty if there is none."""
         saved = (self.record() or {}).get("config", {})
         for name in sorted(self.options.keys() & saved.keys() - _FREE):
             if not _same(saved[name], self.options[name]):
@@ -112,7 +112,7 @@ def words_of(options: Mapping[str, Any]) -> list[str]:
 
 
 def _same(saved: object, wanted: object) -> bool:
-    """Whether an option is what was saved; options from a command line are text."""
+    """Whether an option equals the saved one. Options from a command line are text."""
     if isinstance(saved, bool):
         return str(saved).lower() == str(wanted).lower()
     if isinstance(saved, int | float):
@@ -123,7 +123,7 @@ def _same(saved: object, wanted: object) -> bool:
 
 
 def relative(path: Path) -> str:
-    """As seen from the repository, if it lies in it."""
+    """The path as text, relative to the repository if it is inside."""
     path = path.resolve()
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
 
@@ -134,7 +134,7 @@ def packed_records(path: Path) -> dict[str, Record]:
 
 
 def pack(jobs: Iterable[Job]) -> None:
-    """Write the records of the runs that are finished into their packed files. Runs that are there already stay."""
+    """Write the records of finished runs into their packed files. Other runs in the files stay."""
     files: dict[Path, list[Job]] = {}
     for job in jobs:
         files.setdefault(job.packed, []).append(job)
@@ -150,10 +150,10 @@ def pack(jobs: Iterable[Job]) -> None:
 
 
 def run_all(jobs: list[Job], at_once: int) -> None:
-    """Run what is not done yet, `at_once` at a time, in the order given, and pack what is finished.
+    """Run the jobs that are not finished, `at_once` at a time, in the order given, and pack each when it is.
 
-    Interrupted, it stops the runs and can be started again. A loss that is no longer finite ends a run as `diverged`. Any other
-    failure ends everything with a UserError.
+    An interruption stops the runs; the next call resumes them. A loss that is not finite ends a run as `diverged`. Any other
+    failure stops all runs and raises a UserError.
     """
     if wrong := next(filter(None, (job.changed() for job in jobs)), ""):
         raise UserError(wrong)
@@ -161,7 +161,7 @@ def run_all(jobs: list[Job], at_once: int) -> None:
     print(f"{len(jobs)} runs: {len(jobs) - len(waiting)} done, {len(waiting)} to run", flush=True)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     forkserver = multiprocessing.get_context("forkserver")
-    forkserver.set_forkserver_preload(["train_gpt", "torch._dynamo"])  # imported once, which takes as long as 100 updates
+    forkserver.set_forkserver_preload(["train_gpt", "torch._dynamo"])  # importing them takes as long as 100 updates
     running: set[multiprocessing.process.BaseProcess] = set()
     failed, packing, starting = threading.Event(), threading.Lock(), threading.Lock()
     if threading.current_thread() is threading.main_thread():
@@ -210,13 +210,13 @@ def run_all(jobs: list[Job], at_once: int) -> None:
 
 
 def _reached(record: Record) -> float:
-    """The update of the last validation; a run that diverged is further than all."""
+    """The update of the last validation; infinite for a run that diverged."""
     points = curve(record["metrics"])
     return float("inf") if "diverged" in record else points[-1]["update"] if points else -1
 
 
 def _environment_of(folder: Path) -> dict[str, Any]:
-    """What matters of the last launch."""
+    """The part of the last launch's environment that is kept."""
     try:
         last = json.loads((folder / "environment.json").read_text())[-1]
     except (OSError, ValueError, IndexError):
@@ -229,7 +229,7 @@ def _diverged(message: str) -> bool:
 
 
 def _train(command: list[str], errors: str) -> None:
-    """In a process of its own: what `command` does, with what it says last in a file."""
+    """Run `command` in this process, with its stderr in the file `errors`."""
     os.chdir(ROOT)
     for name, stream in ((os.devnull, 1), (errors, 2)):
         os.dup2(os.open(name, os.O_WRONLY), stream)

@@ -1,4 +1,4 @@
-"""The data, the model and the optimizer of a run, as train_gpt.py makes them, for studies that look inside."""
+"""The data, model and optimizer of a run, built as train_gpt.py builds them, for studies that look inside."""
 
 import torch
 
@@ -11,7 +11,7 @@ from training.optimizers import build_optimizer, is_deferred, optimizer_class
 
 
 def evaluations(optimizer: str, updates: int) -> int:
-    """The gradient evaluations of a run; the first step of a deferred optimizer has no previous weights."""
+    """The gradient evaluations of a run. The first step of a deferred optimizer has no previous weights, so it takes one."""
     kind = optimizer_class(optimizer)
     return getattr(kind, "passes", 1) * updates - (is_deferred(kind) and updates > 0)
 
@@ -24,7 +24,7 @@ def build(config: Config, device: torch.device | str = "cpu") -> tuple[GPT, torc
 
 
 def batches(config: Config, device: torch.device | str = "cpu") -> BatchLoader:
-    """The stream of training batches; makes the embedded text if the config asks for it."""
+    """The stream of training batches. Prepares the embedded text if the config asks for it."""
     if config.text and not list_shards(config.data_dir):
         embedded.prepare(config.data_dir)
     return BatchLoader(

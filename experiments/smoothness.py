@@ -1,4 +1,4 @@
-"""How smooth is a GPT along a real run, layer by layer, and how noisy? What the theory assumes, measured.
+"""How smooth is a GPT along a real run, layer by layer, and how noisy? Measures what the theory assumes.
 
     python -m experiments.smoothness             # about 10 minutes on one core; writes results/smoothness/
     python -m experiments.smoothness --steps 30 --pool 4 --out results/quick
@@ -15,25 +15,25 @@ Any option of train_gpt.py can be given too (default: configs/quickstart_gluon.p
 X = X_k, X' = X_{k+1} (all layers move, as in training) the left side over ||X'_i - X_i|| is the ratio L_i[k]. The line
 L0 + L1 ||grad_i f(X_k)||_* with L0, L1 >= 0 is fitted to the points (||grad_i f(X_k)||_*, L_i[k]) of a layer by least squares
 in which a point above the line weighs `PENALTY` times one below, since the line is meant as a bound. `covered` is the share of
-points that it does bound, and `gain` the share of the best constant's loss that the slope takes away: 0 says that L1 is idle.
-As with any estimate along a trajectory these are lower bounds of the assumption's constants, which speak of all X, X'.
+points that it does bound. `gain` is the share of the best constant's loss that the slope removes: 0 means that L1 does nothing.
+As with any estimate along a trajectory, these are lower bounds of the assumption's constants, which hold for all X, X'.
 
 **The full gradient** is that of f = the mean loss over a fixed pool of sequences, which the run does not train on, so every
-difference is an exact one of this f. The pool's micro-batches, of the run's own batch size, give with g_b their gradients
+difference is an exact difference of this f. The pool has n micro-batches of the run's batch size. Their gradients g_b give
 
     sigma_i^2 = n/(n-1) mean_b ||g_b - grad f||_*^2                                        the noise of a gradient, and
-    S_i^2     = n/(n-1) mean_b ||(g_b(X') - g_b(X)) - (grad f(X') - grad f(X))||_*^2       that of a difference:
+    S_i^2     = n/(n-1) mean_b ||(g_b(X') - g_b(X)) - (grad f(X') - grad f(X))||_*^2       the noise of a difference.
 
-what the correction of MVR-1 adds of noise in place of what it removes of bias; S_i / ||X'_i - X_i|| is the mean-squared
-smoothness that the theory of variance reduction assumes. With alpha = 1 - beta the momentum's noise is of the order
-sqrt(alpha/2) sigma for Gluon and sqrt(alpha/2 sigma^2 + S^2/(2 alpha)) for MVR-1 at gamma = 1, whose correction therefore adds
-less noise than the gradients themselves where S/sigma < alpha. (Both read as for independent noise in a Euclidean norm; dual
-norms obey them up to constants.)
+S_i is the noise that the correction of MVR-1 adds when it removes bias. S_i / ||X'_i - X_i|| is the mean-squared smoothness
+that the theory of variance reduction assumes. With alpha = 1 - beta the momentum's noise is of the order sqrt(alpha/2) sigma
+for Gluon and sqrt(alpha/2 sigma^2 + S^2/(2 alpha)) for MVR-1 at gamma = 1. So MVR-1's correction adds less noise than the
+gradients themselves if S/sigma < alpha. (Both formulas are for independent noise in a Euclidean norm; dual norms obey them up
+to constants.)
 
-**What is left** is measured too: momenta with gamma = 0 (that of the run), 0.1 and 1, all fed with the run's batches and
-weights, against the pool's gradient. Their error has the pool's own, of about sigma / sqrt(n), in it.
+**The remaining error** is measured too: that of momenta with gamma = 0 (the run's own), 0.1 and 1, all fed with the run's
+batches and weights, against the pool's gradient. It includes the pool's own error of about sigma / sqrt(n).
 
-**Step length.** At a few updates the differences are taken again at X + s (X' - X) for other s than 1.
+**Step length.** At a few updates the differences are taken again at X + s (X' - X) for values of s other than 1.
 """
 
 from __future__ import annotations
@@ -62,11 +62,11 @@ from training.optimizers import schedule
 
 PENALTY = 10.0
 DPI = 150
-FIRST = 5  # update of the fits and pictures: the first few leave a start at which half of the gradients are exactly zero
+FIRST = 5  # first update of the fits and pictures: at the start half of the gradients are exactly zero
 GAMMAS = (0.0, 0.1, 1.0)
 PROBE_SCALES = (1 / 16, 1 / 4, 4.0)
 
-Gradients = list[Tensor]  # one a layer
+Gradients = list[Tensor]  # one per layer
 
 
 # ---- the estimators
@@ -74,7 +74,7 @@ Gradients = list[Tensor]  # one a layer
 
 @dataclass(frozen=True)
 class Fit:
-    """L0 + L1·(dual gradient norm), the share of points on or below it, and what L1 is good for."""
+    """L0 + L1·(dual gradient norm), the share of points on or below it, and the gain from L1."""
 
     l0: float
     l1: float
@@ -86,7 +86,7 @@ def fit_line(norms: Sequence[float], ratios: Sequence[float], penalty: float = P
     """Least squares with L0, L1 ≥ 0 in which points above the line weigh `penalty` times as much."""
     x, y = np.asarray(norms, float), np.asarray(ratios, float)
     if len(x) < 2 or not np.isfinite(x).all() or not np.isfinite(y).all():
-        raise ValueError("needs two finite points or more")
+        raise ValueError("needs at least two points, all finite")
     l0, l1, loss = _expectile_line(x, y, penalty)
     _, _, constant_loss = _expectile_line(np.zeros_like(x), y, penalty)
     gain = 1 - loss / constant_loss if constant_loss > 0 else 0.0
@@ -109,7 +109,7 @@ def _expectile_line(x: np.ndarray, y: np.ndarray, penalty: float) -> tuple[float
 
 
 def _nonnegative(basis: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Weighted least squares with both coefficients ≥ 0: the best of the supports that are feasible."""
+    """Weighted least squares with both coefficients ≥ 0: the best over all supports."""
     root = np.sqrt(weights)
     best, best_loss = np.zeros(2), math.inf
     for support in ([0, 1], [0], [1]):
@@ -128,14 +128,14 @@ def mean_of(parts: Sequence[Gradients]) -> Gradients:
 
 
 def spread(norm: Norm, parts: Sequence[Tensor], mean: Tensor) -> float:
-    """Root mean squared dual distance from the mean of the parts, without the bias that this mean brings."""
+    """Root mean squared dual distance of the parts from their mean, with n - 1 in the denominator."""
     squares = [float(norm.dual_norm(part - mean)) ** 2 for part in parts]
     return math.sqrt(sum(squares) / (len(squares) - 1))
 
 
 @dataclass(frozen=True)
 class Step:
-    """Of one layer and one pair of weights: see the head of the file."""
+    """The quantities of one layer for one pair of weights; see the top of this file."""
 
     distance: float
     gradient: float
@@ -161,11 +161,11 @@ def compare(norm: Norm, x: Tensor, x2: Tensor, parts: Sequence[Tensor], parts2: 
 
 
 def measure(config: Config, pool: int, probes: Sequence[int], say: Callable[[str], None]) -> dict:
-    """Train as train_gpt.py does and measure at every update; the result is ready for JSON."""
+    """Train as train_gpt.py does and measure at every update. The result is ready for JSON."""
     if config.optimizer != "gluon":
-        raise UserError(f"the run is one of Gluon, not of {config.optimizer}: leave --optimizer out")
+        raise UserError(f"the run must use gluon, not {config.optimizer}: leave --optimizer out")
     if pool < 2:
-        raise UserError(f"the pool needs 2 micro-batches or more, not {pool}")
+        raise UserError(f"the pool needs at least 2 micro-batches, not {pool}")
     model, optimizer = build(config)
     set_step = schedule(optimizer, config)
     names = [name for name, _ in model.named_parameters()]
@@ -257,12 +257,12 @@ def measure(config: Config, pool: int, probes: Sequence[int], say: Callable[[str
 
 
 def bias_corrected(beta: float, weight: float) -> tuple[float, float]:
-    """(β_k, W_k) from β and W_{k-1}: the weight of the past in an average that starts from zero and is bias corrected."""
+    """(β_k, W_k) from β and W_{k-1}: β_k is the weight of the past in a bias-corrected average that starts from zero."""
     total = beta * weight + 1 - beta
     return beta * weight / total, total
 
 
-# ---- what it shows
+# ---- tables and pictures
 
 
 def kind_of(name: str) -> str:
@@ -288,7 +288,7 @@ def _kinds(result: dict) -> dict[str, list[str]]:
 
 
 def _median(result: dict, names: list[str], key: Callable[[dict[str, list[float]]], np.ndarray], since: float = 0.5) -> float:
-    """The median over layers and the updates of the run's second half."""
+    """The median over layers and over the updates after the share `since` of the run."""
     start = int(since * len(next(iter(result["layers"].values()))["ratio"]))
     return float(np.median([key({k: v[start:] for k, v in result["layers"][name].items()}) for name in names]))
 
@@ -438,7 +438,7 @@ def _probe(result: dict, name: str, update: int, scale: float, key: str) -> floa
 
 
 def _short(value: object) -> object:
-    """Five significant digits are enough for a file that is kept."""
+    """The value with its floats rounded to five significant digits, enough for a file that is kept."""
     if isinstance(value, float):
         return float(f"{value:.5g}")
     if isinstance(value, dict):

@@ -1,6 +1,6 @@
-"""What the evidence is computed with, apart from any run: intervals, pairs, curves at equal budgets.
+"""The statistics of the studies: intervals, paired differences, curves at equal budgets.
 
-Pure functions of numbers, without torch. `tests/test_evidence.py` holds them to values known from elsewhere.
+Pure functions of numbers, without torch. `tests/test_evidence.py` checks them against values known from elsewhere.
 """
 
 import math
@@ -8,7 +8,7 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-# What a comparison can hold equal: fields of `Curve`, and how they are called.
+# What a comparison can hold equal: fields of `Curve`, and their names in words.
 BUDGETS = {"updates": "updates", "passes": "gradient evaluations", "seconds": "seconds"}
 
 
@@ -26,7 +26,7 @@ class Interval:
 
     @property
     def verdict(self) -> str:
-        """What the interval says of a difference of losses, variant minus baseline."""
+        """What the interval says about a difference of losses, variant minus baseline."""
         if self.high < 0:
             return "better"
         return "worse" if self.low > 0 else "undecided"
@@ -38,7 +38,7 @@ class Interval:
 
     @property
     def level(self) -> str:
-        """As a loss, while `str` gives a difference."""
+        """The interval as text for a loss; `str` is for a difference."""
         if not math.isfinite(self.mean):
             return "diverged"
         return f"{self.mean:.3f}" + (f" [{self.low:.3f}, {self.high:.3f}]" if self.n > 1 else "")
@@ -52,7 +52,7 @@ class Interval:
 
 
 def student_cdf(t: float, df: int) -> float:
-    """P(T <= t) of Student's distribution with a whole number of degrees of freedom (Abramowitz and Stegun 26.7.3, 26.7.4)."""
+    """P(T <= t) of Student's distribution with `df` degrees of freedom, an integer (Abramowitz and Stegun 26.7.3, 26.7.4)."""
     theta = math.atan2(abs(t), math.sqrt(df))
     cosine, sine = math.cos(theta), math.sin(theta)
     if df % 2:
@@ -97,7 +97,7 @@ def interval(values: Sequence[float]) -> Interval:
 
 
 def paired(variant: Mapping[int, float], baseline: Mapping[int, float]) -> Interval:
-    """The interval of variant minus baseline over the seeds that both have."""
+    """The interval of variant minus baseline over the seeds that both have. Raises ValueError if there are none."""
     seeds = sorted(variant.keys() & baseline.keys())
     if not seeds:
         raise ValueError("no seed that both have")
@@ -117,18 +117,18 @@ class Curve:
     losses: tuple[float, ...]
 
     def end(self, budget: str) -> float:
-        """What the whole run took of a budget, a key of `BUDGETS`."""
+        """How much of a budget (a key of `BUDGETS`) the full run took."""
         return getattr(self, budget)[-1]
 
     def at(self, budget: str, spent: float) -> float:
-        """The loss where so much of a budget was spent, by the straight line between two validations.
+        """The loss when `spent` of a budget was used, interpolated between validations. Raises ValueError outside them.
 
-        Reading a curve before its end is fair where the lr is constant: the run does not know how long it will be.
+        Reading a curve before its end is fair if the lr is constant, because the run then does not depend on its length.
         """
         spends = getattr(self, budget)
         if not spends[0] <= spent <= spends[-1] + 1e-9:
             raise ValueError(f"{spent:g} {budget} are outside the validations {spends[0]:g} to {spends[-1]:g}")
-        i = bisect_right(spends, spent + 1e-9) - 1  # the last of several validations at one price
+        i = bisect_right(spends, spent + 1e-9) - 1  # the last of several validations at one cost
         if i + 1 == len(spends) or spends[i] >= spent - 1e-9:
             return self.losses[i]
         share = (spent - spends[i]) / (spends[i + 1] - spends[i])
@@ -136,11 +136,11 @@ class Curve:
 
 
 def to_reach(update: int, passes: float) -> float:
-    """The gradient evaluations that X_u took, from what a deferred run had evaluated when it held X_u.
+    """The gradient evaluations needed to reach X_u. `passes`: those of a deferred run when it validated X_u.
 
-    MVR-1, -2 and -3 apply update u within step u, which evaluates its batch before the update and after it. So a run that goes
-    on has evaluated 2u+1 gradients when X_u can be validated. Those of step u serve X_{u+1}; X_u took 2u-1, which is what a run
-    of u updates evaluates in all. The first step evaluates one gradient and each of the u others (passes - 1) / u.
+    MVR-1, -2 and -3 apply update u inside step u, between its two evaluations. So a run that continues has evaluated 2u+1
+    gradients when it can validate X_u. The two of step u serve X_{u+1}; X_u took 2u-1, as many as a run of u updates evaluates
+    in all. Step 0 evaluates one gradient, and each of the next u steps (passes - 1) / u.
     """
     return passes - (passes - 1) / update if update else passes
 
@@ -148,7 +148,7 @@ def to_reach(update: int, passes: float) -> float:
 def difference(
     variant: Mapping[int, Curve], baseline: Mapping[int, Curve], budget: str, most: float = math.inf
 ) -> tuple[float, Interval]:
-    """(budget, variant minus baseline) over the seeds that both have, at the largest budget that all of them reach."""
+    """(budget, variant minus baseline) over the seeds that both have, at the largest budget up to `most` that all reach."""
     seeds = variant.keys() & baseline.keys()
     spent = min([most, *(curves[seed].end(budget) for curves in (variant, baseline) for seed in seeds)])
     values = [{seed: curves[seed].at(budget, spent) for seed in seeds} for curves in (variant, baseline)]
@@ -156,7 +156,7 @@ def difference(
 
 
 def largest_rise(losses: Sequence[float]) -> float:
-    """How far a curve climbs above the lowest loss it had before; 0 if it only falls."""
+    """The most that a curve climbs above the lowest loss before; 0 if it only falls."""
     lowest, rise = math.inf, 0.0
     for loss in losses:
         if not math.isfinite(loss):

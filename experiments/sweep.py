@@ -1,18 +1,18 @@
 """Tune every method with the same budget, then compare the best settings over five seeds.
 
-    python -m experiments.sweep --jobs 2                 tune; resumes where it was stopped
+    python -m experiments.sweep --jobs 2                 tune; continues where it was stopped
     python -m experiments.sweep --evaluate --jobs 2      run the best settings, and write table, picture and leaderboard
     python -m experiments.sweep --methods gluon mvr2     some of the methods
     python -m experiments.sweep --methods torch.optim:Muon --lr 5e-3     any torch.optim.Optimizer (docs/compare.md)
-    python -m experiments.sweep --plan                   say what would run next
+    python -m experiments.sweep --plan                   print what would run next
 
 The model is the byte model of configs/mini_gluon.py with 8 sequences a step and a constant lr. Every method has 16
-trials on one seed that no evaluation uses: the recipe (lr 2.5e-4, β 0.9, q 0.5, γ 0.1; for AdamW and Muon lrs of their own)
-and 15 of a Latin hypercube, with the same draws for all methods. The lr is log-uniform over a factor of 16, 1-β log-uniform
+trials on one seed that no evaluation uses: the recipe (lr 2.5e-4, β 0.9, q 0.5, γ 0.1; AdamW and Muon have lrs of their own)
+and 15 from a Latin hypercube, with the same draws for all methods. The lr is log-uniform over a factor of 16, 1-β log-uniform
 from 0.05 to 0.95, q uniform from 0.2 to 0.95, γ log-uniform from 0.02 to 0.5; a method uses the knobs that it has. Trials are
-halved: all run for a quarter of the tuning length, the better 8 go on to a half, the better 4 to its end. The score is the
-validation loss there. Tuning is a third of the evaluation's length. The budget is equal in updates: two-gradient methods spend
-twice the gradients.
+halved: all run for a quarter of the tuning length, the best 8 continue to half of it, and the best 4 to its end. The score is
+the validation loss there. The tuning length is a third of the evaluation's. The budget is equal in updates: two-gradient
+methods spend twice the gradients.
 
 Two rows are controls. `double_average` is MVR-2 without its correction. `gluon_2b` is Gluon with twice the batch, another way
 to spend a second gradient.
@@ -39,7 +39,7 @@ from training.config import load_config
 from training.curves import curve
 from training.optimizers import accepted, optimizer_class
 
-TRIALS, SURVIVORS = 16, (16, 8, 4)  # of each rung
+TRIALS, SURVIVORS = 16, (16, 8, 4)  # survivors: trials of each rung
 TUNING_SEED = 1000
 TUNE_STEPS, EVALUATE_STEPS = 200, 600
 BATCH = 8
@@ -47,7 +47,7 @@ BATCH = 8
 
 @dataclass(frozen=True)
 class Method:
-    """What is fixed of a method, its knobs, and the range of its lr around the recipe's."""
+    """A method's fixed options, its knobs, its recipe, and the low end of its lr range."""
 
     title: str
     options: dict[str, Any]
@@ -76,10 +76,10 @@ METHODS = {
 
 
 def own_method(name: str, lr: float | None = None, options: str = "{}") -> Method:
-    """The method of package.module:Class, with the knobs that its constructor takes and `options` (JSON) does not fix.
+    """The method of package.module:Class. Its knobs are those that its constructor takes and `options` (JSON) does not fix.
 
-    `lr`: the recipe, in the middle of the range; None: the constructor's default. Raises UserError for a class that can't be
-    found, for options that are no JSON object, and where there is no lr.
+    `lr`: the recipe's, the centre of the range; None: the constructor's default. Raises UserError if the class can't be found,
+    the options are not a JSON object, or there is no lr.
     """
     words = [f"--config={ROOT / CONFIG}", f"--optimizer={name}", f"--optimizer-options={options}"]
     fixed = load_config(words).optimizer_options
@@ -103,7 +103,7 @@ def key_of(name: str) -> str:
 
 
 def methods_of(folders: Folders) -> dict[str, Method]:
-    """The methods of the table and the classes that have been tuned, as their first trial's record says, by folder."""
+    """METHODS and the classes that were tuned before, rebuilt from the record of their first trial; by folder."""
     found = dict(METHODS)
     for path in sorted((folders.results / "sweep").glob("*.jsonl")):
         recipe = packed_records(path).get("trial00") if path.stem not in METHODS else None
@@ -134,7 +134,7 @@ def trials_of(method: Method, count: int = TRIALS) -> list[dict[str, float]]:
 
 
 def strata(generator: random.Random, count: int) -> list[float]:
-    """A column of a Latin hypercube: [0, 1) cut into `count` strata, a draw in each, in random order."""
+    """A column of a Latin hypercube: one draw from each of `count` equal parts of [0, 1), in random order."""
     values = [(i + generator.random()) / count for i in range(count)]
     generator.shuffle(values)
     return values
@@ -151,7 +151,7 @@ def job_of(folders: Folders, name: str, method: Method, number: int, steps: int,
 
 
 def loss_at(job: Job, steps: int) -> float:
-    """The validation loss at an update; infinite if the run diverged, nan if it is not there yet."""
+    """The validation loss at an update; infinite if the run diverged, nan if it is not known yet."""
     record = job.record()
     if record is None:
         return math.nan
@@ -160,7 +160,7 @@ def loss_at(job: Job, steps: int) -> float:
 
 
 def rungs_of(folders: Folders, name: str, method: Method, length: int) -> list[list[tuple[Job, float]]]:
-    """The jobs of each rung that is known so far, with their scores: a rung needs all scores of the one before."""
+    """The jobs and scores of each rung known so far. A rung is known once all scores of the one before are."""
     going, rungs = list(range(TRIALS)), []
     for steps, kept in zip((length // 4, length // 2, length), SURVIVORS, strict=True):
         going = going[:kept]
@@ -171,13 +171,13 @@ def rungs_of(folders: Folders, name: str, method: Method, length: int) -> list[l
             break
         going = sorted((i for i in going if scores[i] < math.inf), key=lambda i: scores[i])
         if not going:
-            advice = "lower its lr_from" if name in METHODS else "remove its records and give a lower --lr"
+            advice = "lower its lr_from" if name in METHODS else "remove its records and choose a lower --lr"
             raise UserError(f"every trial of {name} diverged; {advice}")
     return rungs
 
 
 def report(folders: Folders, methods: Mapping[str, Method], length: int) -> None:
-    """Write best.json (every method's best trial) and table.md (all trials) from what is done."""
+    """Write best.json (every method's best trial) and table.md (all trials) from the finished runs."""
     best, rows = {}, [["method", "trial", "setting", f"at {length // 4}", f"at {length // 2}", f"at {length}"]]
     for name, method in methods.items():
         rungs = rungs_of(folders, name, method, length)
@@ -199,7 +199,7 @@ def report(folders: Folders, methods: Mapping[str, Method], length: int) -> None
 
 
 def _edges(method: Method, trial: dict[str, float]) -> list[str]:
-    """The knobs whose best value is the least or the greatest that was tried."""
+    """The knobs whose best value is the smallest or the largest that was tried."""
     trials = trials_of(method)
     return [knob for knob, value in trial.items() if value in (min(t[knob] for t in trials), max(t[knob] for t in trials))]
 
@@ -214,7 +214,7 @@ def _shown(score: float | None) -> str:
 
 
 def evaluation(folders: Folders, seeds: int = 5, steps: int = EVALUATE_STEPS) -> list[Comparison]:
-    """The best settings over seeds, Gluon first; an empty list if Gluon is not tuned yet."""
+    """One comparison of the best settings over seeds, Gluon first; no comparison if Gluon is not tuned yet."""
     try:
         best = json.loads((folders.results / "sweep" / "best.json").read_text())
     except OSError:
@@ -238,19 +238,19 @@ def main(argv: list[str]) -> None:
     """Tune or evaluate: run what is missing, then write the tables."""
     parser = Parser(prog="experiments.sweep", description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument(
-        "--methods", nargs="+", metavar="METHOD", help=f"{', '.join(METHODS)}, or package.module:Class (all that are known)"
+        "--methods", nargs="+", metavar="METHOD", help=f"{', '.join(METHODS)}, or package.module:Class [all known]"
     )
     parser.add_argument("--lr", type=float, help="package.module:Class: centre of its lr range (the constructor's default)")
     parser.add_argument("--optimizer-options", metavar="JSON", help="package.module:Class: more options of its constructor")
     parser.add_argument("--evaluate", action="store_true", help="run the best settings over seeds instead of tuning")
-    parser.add_argument("--seeds", type=int, default=5, help="of the evaluation [5]")
+    parser.add_argument("--seeds", type=int, default=5, help="number of seeds of the evaluation [5]")
     parser.add_argument(
         "--steps", type=int, help=f"updates (a multiple of 4; tuning {TUNE_STEPS}, evaluation {EVALUATE_STEPS})"
     )
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, one thread each [1]")
     parser.add_argument("--runs", type=Path, default=RUNS, help="where runs go [runs]")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where results go [results]")
-    parser.add_argument("--plan", action="store_true", help="print the runs that are known so far, and end")
+    parser.add_argument("--plan", action="store_true", help="print the runs known so far and stop")
     arguments = parser.parse_args(argv)
     folders = Folders(arguments.runs, arguments.results)
     methods = _chosen(folders, arguments)
@@ -275,14 +275,14 @@ def main(argv: list[str]) -> None:
 
 
 def _chosen(folders: Folders, arguments: argparse.Namespace) -> dict[str, Method]:
-    """The methods of a command line, by folder. A class that was tuned before is as it was, unless told otherwise."""
-    known, told = methods_of(folders), (arguments.lr, arguments.optimizer_options) != (None, None)
+    """The methods of a command line, by folder. A class that was tuned before keeps its lr and options if none are given."""
+    known, given = methods_of(folders), (arguments.lr, arguments.optimizer_options) != (None, None)
     names = arguments.methods or list(known)
-    if told and not any(":" in name for name in names):
+    if given and not any(":" in name for name in names):
         raise UserError("--lr and --optimizer-options are for a package.module:Class in --methods")
     chosen = {}
     for name in names:
-        if ":" in name and (told or key_of(name) not in known):
+        if ":" in name and (given or key_of(name) not in known):
             chosen[key_of(name)] = own_method(name, arguments.lr, arguments.optimizer_options or "{}")
         elif key_of(name) in known:
             chosen[key_of(name)] = known[key_of(name)]
@@ -311,7 +311,7 @@ def _evaluate(folders: Folders, methods: Mapping[str, Method], arguments: argpar
         raise UserError("no run of Gluon is done yet; add gluon to --methods")
     speed = read_speed(folders.results / "figures" / "calibration.json", BATCH, comparison.arms)
     print(write(comparison, speed, folders.results / "sweep" / "evaluation", []))
-    print("python -m experiments.leaderboard takes it into results/README.md")
+    print("python -m experiments.leaderboard puts it into results/README.md")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Compare runs: a table in the terminal, and one page with their curves that any browser shows without the internet.
+"""Compare runs: a table in the terminal, and a page of their curves that any browser can show offline.
 
     python -m scripts.compare runs/gluon_b512 runs/mvr1_b512
-    python -m scripts.compare runs/* --watch                    again every 10 seconds while runs go on
+    python -m scripts.compare runs/* --watch                    again every 10 seconds until the runs are done
 
-Runs that differ only in their seed are drawn as one: their mean, with a band from the lowest to the highest.
+Runs that differ only in their seed are drawn as one line: their mean, with a band from the lowest to the highest.
 """
 
 import json
@@ -24,17 +24,17 @@ from common.tables import aligned
 from training.curves import AXES, LOSSES, curve, finite, read_config, read_metrics, run_name, unpacked
 
 TEMPLATE = Path(__file__).with_name("compare.html")
-# They say where a run is, how it was started and what it leaves behind, not what it computes.
+# Options that do not change what a run computes.
 _ASIDE = (
     "run_name", "results_dir", "overwrite", "resume", "checkpoint_every", "keep_checkpoints", "keep_every", "rank_timeout",
     "wandb", "wandb_project", "tensorboard",
 )  # fmt: skip
-MOST_POINTS = 2000  # of a curve on the page; more are averaged, or twenty long runs make a page of 100 MB
+MOST_POINTS = 2000  # of a curve on the page; more are averaged, because twenty long runs would make a page of 100 MB
 
 
 @dataclass
 class Run:
-    """One run: its folder, its options as they were saved, the lines of its metrics."""
+    """One run: its folder, its saved options, the lines of its metrics."""
 
     folder: Path
     config: dict[str, Any]
@@ -44,7 +44,7 @@ class Run:
 
 @dataclass
 class Group:
-    """Runs that differ in their seed alone."""
+    """Runs that differ only in their seed."""
 
     runs: list[Run]
     name: str = ""
@@ -64,7 +64,7 @@ def read_run(folder: Path) -> Run:
 
 
 def name_runs(runs: list[Run]) -> None:
-    """Label each run: its name where no other has it, else as much of the end of its path as tells it from the others."""
+    """Label each run with its name or, if others have that name too, with the shortest end of its path that is unique."""
     for run in runs:
         run.label = run_name(run.folder)
     names = [run.label for run in runs]
@@ -77,13 +77,13 @@ def name_runs(runs: list[Run]) -> None:
 
 
 def group_by_seed(runs: list[Run]) -> list[Group]:
-    """Put runs together whose options are equal but for the seed. A run without options stays alone."""
+    """Group the runs whose options differ only in the seed. A run without options stays alone."""
     name_runs(runs)
     groups: dict[str, Group] = {}
     for run in runs:
         options = {key: value for key, value in run.config.items() if key not in (*_ASIDE, "seed")}
         key = json.dumps(options, sort_keys=True) if run.config else run.label
-        # The same seed twice is no second seed: it is a run that was repeated.
+        # A seed that the group already has is a repeated run, which goes into another group.
         while key in groups and run.config.get("seed") in groups[key].seeds:
             key += "'"
         groups.setdefault(key, Group([])).runs.append(run)
@@ -118,9 +118,9 @@ def differing_options(groups: list[Group]) -> list[str]:
 
 
 def figures(group: Group) -> dict[str, str]:
-    """What the tables say of a group, as text; of several seeds the mean, of losses the standard deviation too.
+    """A group's figures as text: the mean over its seeds, and for losses also the standard deviation.
 
-    Seeds that are not equally far are compared where the last of them is.
+    If some seeds are further on than others, all are read at the last update that all have.
     """
     curves = [curve(run.metrics) for run in group.runs]
     if shared := set.intersection(*({record["update"] for record in records} for records in curves)):
@@ -157,7 +157,7 @@ def _text(value: object) -> str:
 
 
 def tables(groups: list[Group]) -> str:
-    """What the runs reached, and below it the options in which they differ."""
+    """A table of what the runs reached, and below it a table of the options in which they differ."""
     of = [figures(group) for group in groups]
     several = any(len(group.runs) > 1 for group in groups)
     head = ["run", *(["seeds"] if several else []), *of[0]]
@@ -193,7 +193,7 @@ def page_data(groups: list[Group]) -> dict[str, Any]:
 def drawn(group: Group, loss: str) -> dict[str, list[float | None]]:
     """A group's curve by axis, with `mean`, `low` and `high` over its seeds at the updates that all of them have.
 
-    An axis that is not the same in every seed, such as the seconds, is averaged too. A loss that is not finite is None.
+    Each axis is averaged over the seeds too, because the seconds differ. A loss that is not finite becomes None.
     """
     by_update = [{record["update"]: record for record in curve(run.metrics, loss)} for run in group.runs]
     updates = sorted(set.intersection(*(set(records) for records in by_update)))
@@ -210,18 +210,18 @@ def _parts(values: list[float], size: int) -> Iterable[list[float]]:
 
 
 def _short(value: float) -> float | None:
-    """Seven digits, which are all that a float32 loss has."""
+    """The value to seven digits, the precision of a float32 loss; None if it is not finite."""
     return float(f"{value:.7g}") if math.isfinite(value) else None
 
 
 def write_page(out: Path, groups: list[Group], title: str, reload_seconds: float = 0) -> None:
-    """Write the page. It reloads itself where `reload_seconds` is not 0. Raises UserError if it can't be written."""
+    """Write the page. It reloads itself if `reload_seconds` is not 0. Raises UserError if it can't be written."""
     try:
         from plotly.offline import get_plotlyjs
     except ImportError:
         raise UserError("plotly is not installed; install it with: python -m pip install -r requirements.txt") from None
     data = page_data(groups) | {"title": title, "reload": reload_seconds}
-    # No "<" of a name can end the script that holds it.
+    # Escape "<", so that no name can end the script element.
     parts = {"@DATA@": json.dumps(data, ensure_ascii=False).replace("<", "\\u003c"), "@PLOTLY@": get_plotlyjs()}
     page = re.sub("|".join(parts), lambda match: parts[match[0]], TEMPLATE.read_text(encoding="utf-8"))
     try:
@@ -236,7 +236,7 @@ def write_page(out: Path, groups: list[Group], title: str, reload_seconds: float
 
 
 def watch(folders: list[Path], out: Path, title: str, seconds: float) -> None:
-    """Print and write again and again, until every run has made all its updates or Ctrl-C."""
+    """Print the tables and write the page every few seconds, until every run has made all its updates or Ctrl-C."""
     interactive = sys.stdout.isatty()
     while True:
         runs, waiting = [], []
@@ -255,7 +255,7 @@ def watch(folders: list[Path], out: Path, title: str, seconds: float) -> None:
             groups = group_by_seed(runs)
             write_page(out, groups, title, 0 if done else seconds)
             print(tables(groups))
-        print(f"\n{out}   {len(going)} of {len(folders)} going on, {len(waiting)} before their first validation", flush=True)
+        print(f"\n{out}   {len(going)} of {len(folders)} running, {len(waiting)} before their first validation", flush=True)
         if done:
             return
         time.sleep(seconds)
@@ -266,9 +266,9 @@ def main(argv: list[str]) -> None:
     parser = Parser(prog="compare", description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, or a packed file of runs")
     parser.add_argument("--out", type=Path, default=Path("runs/compare.html"), help="the page (default: %(default)s)")
-    parser.add_argument("--title", default="Runs", help="its heading (default: %(default)s)")
+    parser.add_argument("--title", default="Runs", help="heading of the page (default: %(default)s)")
     parser.add_argument(
-        "--watch", nargs="?", type=float, const=10.0, metavar="SECONDS", help="repeat after this many seconds (default: 10)"
+        "--watch", nargs="?", type=float, const=10.0, metavar="SECONDS", help="repeat every SECONDS (default: 10)"
     )
     arguments = parser.parse_args(argv)
     if arguments.out.suffix != ".html":

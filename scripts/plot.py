@@ -3,8 +3,8 @@
     python -m scripts.plot runs/gluon_b512 runs/mvr2_b512 --out curves.png
     python -m scripts.plot results/figures/mini/b8/*.jsonl        packed files of runs too
 
-A method that takes two gradients per update looks good against updates alone, so that all three are shown. The same
-numbers are printed as a table.
+A method that takes two gradients per update looks too good against updates alone, so all three are shown. The last numbers
+are also printed as a table.
 """
 
 import math
@@ -40,7 +40,7 @@ def read_run(folder: Path) -> Run:
 
 
 def y_limits(runs: list[Run]) -> tuple[float, float]:
-    """Limits that show the end of the curves: their first fifth, and a run that diverges, may leave at the top."""
+    """Limits of the loss axis that show the end of the curves. Their first fifth, and a diverging run, may be cut off."""
     low = min(loss for run in runs for loss in run.val_loss if math.isfinite(loss))
     tops = [max(_tail(run)) for run in runs]
     span = min(tops) - low
@@ -50,7 +50,7 @@ def y_limits(runs: list[Run]) -> tuple[float, float]:
 
 
 def _tail(run: Run) -> list[float]:
-    """The finite losses but for the first fifth of the run, or all where these are all there are."""
+    """The finite losses after the first fifth of the run; all finite losses if there are none after it."""
     finite = [pair for pair in zip(run.update, run.val_loss, strict=True) if math.isfinite(pair[1])]
     return [loss for update, loss in finite if update >= run.update[-1] / 5] or [loss for _, loss in finite]
 
@@ -63,7 +63,7 @@ def last(run: Run) -> float:
 def draw(runs: list[Run], out: Path, title: str) -> None:
     """Write the picture."""
     plt = pyplot()
-    with plt.rc_context({**LOOK, "text.parse_math": False}):  # names of runs are shown as they are
+    with plt.rc_context({**LOOK, "text.parse_math": False}):  # so that "$" in a run's name is not read as math
         figure, panels = plt.subplots(1, 3, figsize=(13, 4.8), sharey=True, layout="constrained")
         for panel, (key, label) in zip(panels, AXES.items(), strict=True):
             for i, run in enumerate(runs):

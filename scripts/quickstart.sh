@@ -8,7 +8,7 @@ runs="quickstart_gluon quickstart_mvr1 quickstart_mvr2 quickstart_mvr3"
 
 train() { .venv/bin/python train_gpt.py --config "configs/$1.py" --resume auto | cat; }
 
-# On a GPU the runs go one by one; on a CPU two at a time, each on one core.
+# On a GPU, one run at a time; on a CPU two at a time, each on one core.
 if .venv/bin/python -c 'import torch, sys; sys.exit(not torch.cuda.is_available())'; then
   for run in $runs; do train "$run"; done
 else

@@ -1,10 +1,10 @@
-"""Text from a trained model.
+"""Draw text from a trained model.
 
     python -m scripts.sample runs/gluon_b512 --prompt "The union of these States"
-    python -m scripts.sample runs/quickstart_*                        the best of them, from the start of a document
+    python -m scripts.sample runs/quickstart_*                        from the run with the lowest loss, without a prompt
     python -m scripts.sample runs/gluon_b512/checkpoints/step_0001000 --temperature 0.7 --top-p 0.9
 
-Each token is computed once: the keys and values of those before it are kept.
+Each token is computed once, because the keys and values of earlier tokens are kept.
 """
 
 import codecs
@@ -26,9 +26,9 @@ from training.ranks import choose_device
 
 @torch.no_grad()
 def generate(model: GPT, tokens: list[int], count: int, choose: Callable[[Tensor], int]) -> Iterator[int]:
-    """`count` tokens that follow these (at least one, at most seq_len), each chosen from its logits (V,).
+    """Generate `count` tokens that follow `tokens` (at least one, at most seq_len), each chosen from its logits (V,).
 
-    Where seq_len tokens have been read, the newer half of them is read again, and the older half is forgotten.
+    When seq_len tokens have been read, the model forgets the older half and reads the newer half again.
     """
     device, most = model.embedding.weight.device, model.config.seq_len
     cache, tokens, unread = Cache(model.config), list(tokens), list(tokens)
@@ -44,9 +44,9 @@ def generate(model: GPT, tokens: list[int], count: int, choose: Callable[[Tensor
 def probabilities(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     """The probabilities (V,) that the next token is drawn with, from its logits (V,).
 
-    Temperature 0 gives all to the likeliest token. `top_k` > 0 keeps the k likeliest; `top_p` < 1 then keeps the fewest
-    of the likeliest that together have at least that much (nucleus sampling: Holtzman et al., "The Curious Case of Neural
-    Text Degeneration", section 3.1).
+    Temperature 0 always takes the likeliest token. `top_k` > 0 keeps the k likeliest. `top_p` < 1 then keeps the smallest
+    set of likeliest tokens with at least that total probability (nucleus sampling: Holtzman et al., "The Curious Case of
+    Neural Text Degeneration", section 3.1).
     """
     logits = logits.double()
     if temperature == 0:
@@ -60,8 +60,8 @@ def probabilities(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_
 
 
 def sampler(vocabulary: int, temperature: float, top_k: int, top_p: float, seed: int) -> Callable[[Tensor], int]:
-    """Draws a token below `vocabulary` from logits (a model may have more outputs than there are tokens)."""
-    generator = torch.Generator().manual_seed(seed)  # on the host, so that every device draws alike
+    """A function that draws a token below `vocabulary` from logits (a model may have more outputs than tokens)."""
+    generator = torch.Generator().manual_seed(seed)  # on the host, so that every device draws the same tokens
 
     def choose(logits: Tensor) -> int:
         drawn_with = probabilities(logits[:vocabulary].cpu(), temperature, top_k, top_p)
@@ -71,7 +71,7 @@ def sampler(vocabulary: int, temperature: float, top_k: int, top_p: float, seed:
 
 
 def best_run(runs: list[Path]) -> Path:
-    """The run whose last validation loss is the lowest; of one, this one, whatever it is."""
+    """The run with the lowest last validation loss; a single run without looking at it. Raises UserError if none has one."""
     if len(runs) == 1:
         return runs[0]
     losses = {}
@@ -89,15 +89,15 @@ def main(argv: list[str]) -> None:
     """Load, draw, print."""
     parser = Parser(prog="sample", description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument(
-        "models", nargs="+", type=Path, metavar="MODEL", help="a run's folder, a checkpoint or a model.safetensors; of several "
-        "runs' folders, the best is taken",
+        "models", nargs="+", type=Path, metavar="MODEL", help="a run's folder, a checkpoint or a model.safetensors; or several "
+        "runs' folders, to take the best",
     )  # fmt: skip
-    parser.add_argument("--prompt", default="", help="what the text begins with (default: nothing)")
+    parser.add_argument("--prompt", default="", help="start of the text (default: nothing)")
     parser.add_argument("--tokens", type=int, default=200, help="most tokens to draw (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token (default: %(default)s)")
     parser.add_argument("--top-k", type=int, default=0, help="draw from the k likeliest tokens; 0: from all (the default)")
-    parser.add_argument("--top-p", type=float, default=0.95, help="draw from the likeliest of this mass (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws (default: %(default)s)")
+    parser.add_argument("--top-p", type=float, default=0.95, help="total probability of the tokens kept (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the draws (default: %(default)s)")
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu", "mps"))
     arguments = parser.parse_args(argv)
     for name, fine, wanted in (
@@ -116,7 +116,7 @@ def main(argv: list[str]) -> None:
 
     trained = load_trained(best_run(arguments.models), choose_device(arguments.device))
     encoder, most = load_encoder(trained.encoding), trained.model.config.seq_len
-    tokens = [encoder.end_of_text]  # as it stands before every document that the model was trained on
+    tokens = [encoder.end_of_text]  # it precedes every document in training
     if arguments.prompt:
         tokens += next(iter(encoder.encode([arguments.prompt]))).tolist()
     if len(tokens) > most:

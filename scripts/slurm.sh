@@ -13,8 +13,8 @@
 #
 #   sbatch --nodes=4 scripts/slurm.sh --config configs/mvr1_b512.py [--key value ...]
 #
-# 300 seconds before the job's time is over (and when it is preempted) Slurm signals the tasks. torchrun passes
-# the signal on to its ranks. They save a checkpoint, leave the marker runs/<run>/requeue and end; this script
+# 300 seconds before the job's time ends (and when it is preempted) Slurm signals the tasks. torchrun passes
+# the signal on to its ranks. They save a checkpoint, leave the marker runs/<run>/requeue and end. This script
 # then requeues the job. A rank that dies is restarted by torchrun up to RESTARTS times. --resume auto continues
 # in each case.
 set -uo pipefail

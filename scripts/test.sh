@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs the whole test suite; arguments go to pytest. Installs what it needs into .venv.
+# Runs ruff, mypy and all tests; arguments go to pytest. Installs what it needs into .venv.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup.sh requirements-dev.txt

@@ -48,7 +48,7 @@ def test_arrows_run_one_way(part):
         assert not wrong, f"{path.relative_to(ROOT)} imports {sorted(wrong)}"
 
 
-def test_the_optimizers_need_torch_alone():
+def test_the_optimizers_import_only_torch():
     """So that the package can be taken and installed under another name: its own modules are imported relatively."""
     for path in modules("optim"):
         foreign = set(imported(path)) - set(sys.stdlib_module_names) - {"torch"}

@@ -261,7 +261,7 @@ def test_bad_checkpoint(refused, saved, tmp_path, case):
     assert not Path("executed").exists()
 
 
-def test_resume_from_a_path_that_is_none(refused, saved, tmp_path):
+def test_resume_from_a_bad_path(refused, saved, tmp_path):
     assert "nowhere: there is no such checkpoint; --resume auto takes" in refused("--resume nowhere")
     Path("empty").mkdir()
     assert "is not a complete checkpoint: state.json is missing" in refused("--resume empty")
@@ -301,13 +301,13 @@ TO_FIND = {
     "--optimizer raises:Mine --config {folder}/mine_config.py": "raises can't be imported (division by zero)",
 }
 LACKING = {
-    "--optimizer mvr1 --q 0.5": "q is not an option of optimizer = mvr1; its options are betas, bias_correction, eps, gamma, lr",
+    "--optimizer mvr1 --q 0.5": "q is not an option of optimizer = mvr1; its options are betas, bias_correction, eps, gamma",
     "--optimizer mvr2 --gamma 0.5": "gamma is not an option of optimizer = mvr2",
     "--optimizer gluon --gamma 0.5": "gamma is not an option of optimizer = gluon",
     "--optimizer single_batch --q 0.5": "q is not an option of optimizer = single_batch",
     "--optimizer muon_mvr --q 0.5": "q is not an option of optimizer = muon_mvr",
     "--optimizer muon_mvr --no-bias-correction": "bias_correction is not an option of optimizer = muon_mvr",
-    "--optimizer torch.optim:AdamW --momentum 0.9": "momentum is not an option of optimizer = torch.optim:AdamW; its options are",
+    "--optimizer torch.optim:AdamW --momentum 0.9": "momentum is not an option of optimizer = torch.optim:AdamW; its options",
     "--optimizer torch.optim:Muon --q 0.5": "q is not an option of optimizer = torch.optim:Muon",
     '--optimizer gluon --optimizer-options {{"nesterov":true}}': "nesterov is not an option of optimizer = gluon",
     '--optimizer mvr1 --optimizer-options {{"params":1}}': "params is not an option of optimizer = mvr1",
@@ -326,7 +326,7 @@ WRONG = {
 
 @pytest.mark.parametrize("options", [*TO_FIND, *LACKING, *WRONG])
 def test_bad_optimizer(refused, tmp_path, options):
-    """One that can't be found, an option that it has not, a value that it refuses."""
+    """An optimizer that can't be found, an option that it lacks, a value that it refuses."""
     (tmp_path / "mine_config.py").write_text("steps = 3\n")
     (tmp_path / "mine.py").write_text("lr = = 1\n")
     (tmp_path / "raises.py").write_text("1 / 0\n")
@@ -342,7 +342,7 @@ def test_bad_optimizer_in_a_config(refused, tmp_path):
 # ---- folders
 
 
-def test_results_that_can_not_be_written(refused, saved, tmp_path):
+def test_results_that_cannot_be_written(refused, saved, tmp_path):
     Path("file").write_text("x")
     for folder in ("file", "file/deeper", "/proc/nowhere", "/sys/kernel/nowhere"):  # /proc and /sys refuse even root
         assert "can't be written" in refused(f"--results-dir {folder}")
@@ -352,7 +352,7 @@ def test_results_that_can_not_be_written(refused, saved, tmp_path):
     assert "run can't be written (Not a directory)" in refused("--overwrite")
 
 
-def test_a_run_that_is_there(refused, saved, tmp_path):
+def test_an_existing_run(refused, saved, tmp_path):
     shutil.copytree(saved, tmp_path / "results" / "run")
     assert "exists; --resume auto continues it" in refused("")
     assert "exists; --resume auto continues it" in refused(MVR2)
@@ -362,7 +362,7 @@ def test_a_run_that_is_there(refused, saved, tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA")
-def test_a_device_that_is_not_there(refused):
+def test_a_missing_device(refused):
     assert "torch finds no CUDA device here; use --device cpu" in refused("--device cuda")
     if not torch.backends.mps.is_available():
         assert "torch finds no Apple GPU here" in refused("--device mps")
@@ -372,7 +372,7 @@ RANK = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT
 BAD_ENVIRONMENTS = {
     "RANK in words": ({"RANK": "first"}, "the environment's RANK = 'first' must be an integer"),
     "RANK negative": ({"RANK": "-1"}, "the environment's RANK = '-1'"),
-    "RANK too large": ({"RANK": "0", "WORLD_SIZE": "0"}, "the environment's WORLD_SIZE = '0'"),
+    "WORLD_SIZE zero": ({"WORLD_SIZE": "0"}, "the environment's WORLD_SIZE = '0'"),
     "WORLD_SIZE in words": ({"WORLD_SIZE": "two"}, "the environment's WORLD_SIZE = 'two'"),
     "WORLD_SIZE broken": ({"WORLD_SIZE": "1.5"}, "the environment's WORLD_SIZE = '1.5'"),
     "WORLD_SIZE missing": ({"WORLD_SIZE": None}, "RANK is set and WORLD_SIZE is not"),

@@ -49,7 +49,7 @@ class Sent(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(("world", "bucket"), [*itertools.product((2, 8, 64), (2**26, 3 * 64 * 256, 1)), (1000, 2**26)])
-def test_the_model_of_many_gpus_sends_what_the_fake_group_counts(world, bucket, monkeypatch):
+def test_the_scaling_model_agrees_with_the_fake_group(world, bucket, monkeypatch):
     """Byte for byte, with matrices in one bucket, in several, and each in its own."""
     monkeypatch.setattr(buckets, "BUCKET_ELEMENTS", bucket)
     config = GPTConfig(vocab_size=1003, n_layer=5, n_head=1, d_model=64, seq_len=8)
@@ -72,7 +72,7 @@ def test_the_model_of_many_gpus_sends_what_the_fake_group_counts(world, bucket, 
     assert sorted(watch.sent) == sorted(scaling.messages(config, world, size))
 
 
-def test_the_page_on_performance_shows_the_models_tables():
+def test_the_performance_page_has_the_scaling_models_tables():
     page = (ROOT / "results" / "performance.md").read_text(encoding="utf-8")
     for table in scaling.tables():
         assert table in page

@@ -1,4 +1,4 @@
-"""The comparison of runs: what is grouped, what the table and the page say, and the page in a real browser."""
+"""The comparison of runs: the groups, the table, the page's data, and the page in a real browser."""
 
 import json
 import math
@@ -72,7 +72,7 @@ def test_seeds_that_are_not_equally_far(tmp_path):
     assert group["figures"]["updates"] == "30"
 
 
-def test_what_is_no_second_seed(tmp_path):
+def test_a_repeated_seed_is_not_a_second_seed(tmp_path):
     base = write_run(tmp_path / "a" / "run")
     again = write_run(tmp_path / "b" / "run")  # the same seed
     other = write_run(tmp_path / "c" / "run", seed=1, lr=0.02)
@@ -101,10 +101,10 @@ def test_a_loss_that_is_not_finite(tmp_path):
 def test_long_curves_are_averaged(tmp_path):
     drawn = page_data(groups_of(write_run(tmp_path / "run", updates=2 * MOST_POINTS)))["groups"][0]["train_loss"]
     assert MOST_POINTS / 2 < len(drawn["mean"]) <= MOST_POINTS and len({len(values) for values in drawn.values()}) == 1
-    assert drawn["update"][0] == 1  # of 0, 1 and 2
+    assert drawn["update"][0] == 1  # the mean of 0, 1 and 2
 
 
-def test_wrong_words(tmp_path, four):
+def test_wrong_arguments(tmp_path, four):
     good, empty = str(four[0]), tmp_path / "empty"
     empty.mkdir()
     (empty / "metrics.jsonl").write_text("")
@@ -143,7 +143,7 @@ def test_watch_goes_on_until_the_runs_end(tmp_path):
         process.kill()
         process.wait()
     assert process.returncode == 0 and '"reload": 0' in out.read_text()
-    assert "1 of 2 going on, 1 before their first validation" in said and "0 of 2 going on, 0 before" in said
+    assert "1 of 2 running, 1 before their first validation" in said and "0 of 2 running, 0 before" in said
 
 
 # ---- in a browser

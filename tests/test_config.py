@@ -55,7 +55,7 @@ def test_configs_are_complete():
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_config_states_only_what_differs_and_round_trips(path, tmp_path, monkeypatch):
+def test_config_sets_only_what_differs_and_round_trips(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # whatever the folder
     config = load_config(["--config", str(path)])
     assert config.run_name == path.stem
@@ -70,7 +70,7 @@ def loaded(name: str) -> Config:
 
 
 @pytest.mark.parametrize("number, more", [("1", {"momentum"}), ("2", set()), ("3", {"momentum"})])
-def test_quickstarts_differ_in_the_optimizer_alone(number, more):
+def test_quickstarts_differ_only_in_the_optimizer(number, more):
     base, other = loaded("quickstart_gluon").to_dict(), loaded(f"quickstart_mvr{number}").to_dict()
     assert {key for key in base if base[key] != other[key]} == {"run_name", "optimizer"} | more
     assert other["optimizer"] == f"mvr{number}"
@@ -108,7 +108,7 @@ def test_command_line_overrides_the_file(config_file):
     assert type(config.lr) is float
 
 
-def test_an_override_mends_a_wrong_value_of_the_file(config_file):
+def test_an_option_overrides_a_wrong_value_in_the_file(config_file):
     assert load_config(["--config", config_file("steps = 0"), "--steps", "3"]).steps == 3
 
 
@@ -162,7 +162,7 @@ def test_options_of_an_optimizer_are_plain_values(config_file):
     assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
-def test_file_may_start_from_another_beside_it(config_file):
+def test_file_may_start_from_another_in_its_folder(config_file):
     config_file("steps = 5\nlr = 1.0", "the_base_of_this_test.py")
     path = config_file("from the_base_of_this_test import *\nlr = 2.0")
     before = list(sys.path)
@@ -170,7 +170,7 @@ def test_file_may_start_from_another_beside_it(config_file):
     assert sys.path == before
 
 
-def test_help_tells_every_option(capsys):
+def test_help_lists_every_option(capsys):
     with pytest.raises(SystemExit) as caught:
         load_config(["--help"])
     assert caught.value.code == 0
@@ -358,7 +358,7 @@ def test_wrong_file(text, expected, config_file):
     assert all(word in message for word in expected.split()), message
 
 
-def test_wrong_name_of_a_file(config_file):
+def test_wrong_file_names(config_file):
     assert "run_name" in refusal(load_config, ["--config", config_file("", " .py")])
     config_file("", "gluon_small.py")
     path = config_file("", "other.py").replace("other", "gluon_smal")
@@ -385,7 +385,7 @@ def test_wrong_saved_config(values, expected):
     assert all(word in message for word in expected.split()), message
 
 
-def test_building_checks_too():
+def test_the_constructor_checks_too():
     assert "steps" in refusal(lambda: Config(steps=0))
     assert "lr" in refusal(lambda: dataclasses.replace(Config(), lr=-1))
 

@@ -309,7 +309,7 @@ def test_a_package_is_fetched_once(made_up, monkeypatch, capsys):
 
 
 def test_mistakes_are_one_line(made_up, monkeypatch):
-    with pytest.raises(UserError, match="no source 'fourth'; there are first, second, third"):
+    with pytest.raises(UserError, match="no source 'fourth'; choose from first, second, third"):
         run(made_up, "--sources", "first,fourth")
     with pytest.raises(UserError, match="--sources names none"):
         run(made_up, "--sources", ",")

@@ -141,7 +141,7 @@ FAULTS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_that_passes_ends_in_a_right_file(hub, files, tmp_path, fault):
+def test_a_temporary_fault_ends_in_a_correct_file(hub, files, tmp_path, fault):
     said, resumed = FAULTS[fault]
     hub.faults[TRAIN] = fault.split(",")
     waits = {"HF_HUB_DOWNLOAD_TIMEOUT": "1"} if fault == "GET stall" else {}
@@ -169,7 +169,7 @@ def test_a_hub_that_redirects_to_a_cdn_and_offers_xet(hub, files, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sha256_etag", [True, False])
-def test_a_fault_that_stays_leaves_no_file(hub, files, tmp_path, sha256_etag):
+def test_a_permanent_fault_leaves_no_file(hub, files, tmp_path, sha256_etag):
     hub.sha256_etag = sha256_etag
     hub.faults[SECOND] = ["GET truncate", "HEAD 500"] * 20
     code, _, err = run(hub, tmp_path / "d", 2)
@@ -184,7 +184,7 @@ def test_a_fault_that_stays_leaves_no_file(hub, files, tmp_path, sha256_etag):
 
 
 @pytest.mark.slow
-def test_what_trying_again_cannot_mend_is_said_at_once(hub, files, tmp_path):
+def test_permanent_faults_are_reported_at_once(hub, files, tmp_path):
     def refused(message, **variables):
         code, _, err = run(hub, tmp_path / "d", **variables)
         assert code == 2 and err.count("\n") == 1 and message in err, err
@@ -224,7 +224,7 @@ def test_two_downloads_at_once(hub, files, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_download_leaves_no_file_and_is_taken_up(hub, files, tmp_path):
+def test_a_killed_download_leaves_no_file_and_can_be_repeated(hub, files, tmp_path):
     hub.faults[TRAIN] = ["GET stall"]
     process = start(hub, tmp_path / "d", HF_HUB_DOWNLOAD_TIMEOUT="30")
     deadline = time.monotonic() + 30
@@ -239,7 +239,7 @@ def test_a_killed_download_leaves_no_file_and_is_taken_up(hub, files, tmp_path):
     assert_right(tmp_path / "d", files)
 
 
-def test_a_full_disk_is_one_clear_line(monkeypatch, tmp_path, files, hub):
+def test_a_full_disk_gives_one_clear_line(monkeypatch, tmp_path, files, hub):
     """Noticed before a file is fetched, or while it is written; either way what was whole stays."""
     import huggingface_hub
 
@@ -280,7 +280,7 @@ def test_the_waits_grow_are_jittered_and_end(monkeypatch, capsys):
     assert capsys.readouterr().err.count("\n") == len(slept)
 
 
-def test_the_manifest_keeps_what_several_write_at_once(tmp_path):
+def test_the_manifest_keeps_entries_written_at_once(tmp_path):
     (tmp_path / ".locks").mkdir()
     names = [f"fineweb_train_{index:06d}.bin" for index in range(1, 41)]
     infos = {name: ShardInfo(1026, 1, "0" * 64, 0, index) for index, name in enumerate(names)}

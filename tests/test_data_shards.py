@@ -74,13 +74,13 @@ def test_round_trip(tmp_path, dtype):
 
 
 @pytest.mark.parametrize("tokens", [[], [-1], [65536], [[1, 2]], [0.5]])
-def test_what_is_no_shard_is_not_written(tmp_path, tokens):
+def test_bad_tokens_are_not_written(tmp_path, tokens):
     with pytest.raises(ValueError):
         write_shard(tmp_path / "a.bin", np.array(tokens))
     assert not list(tmp_path.iterdir())
 
 
-def test_a_file_is_made_beside_its_final_name(tmp_path, monkeypatch):
+def test_a_file_is_written_next_to_its_final_name(tmp_path, monkeypatch):
     """Only a rename within one directory is atomic."""
     renamed = []
     replace = os.replace
@@ -246,7 +246,7 @@ def test_fuzz_the_manifest(tmp_path_factory, at, byte):
             assert "\n" not in str(error)
 
 
-def test_training_refuses_what_does_not_agree(tmp_path):
+def test_training_refuses_shards_that_disagree_with_the_manifest(tmp_path):
     directory = make_dir(tmp_path / "d")
     paths, manifest = check_split(directory, "train")
     assert [path.name[-10:-4] for path in paths] == ["000001", "000002", "000003"] and manifest.encoding == "gpt2"
@@ -270,7 +270,7 @@ def test_training_refuses_what_does_not_agree(tmp_path):
         check_split(tmp_path / "none", "train")
 
 
-def test_a_hole_in_the_numbers_is_refused_without_a_manifest(tmp_path):
+def test_a_gap_in_the_numbering_is_refused_without_a_manifest(tmp_path):
     directory = make_dir(tmp_path / "d", with_manifest=False)
     (directory / "x_train_000002.bin").unlink()
     with pytest.raises(UserError, match=r"x_train_000002\.bin: missing"):

@@ -64,7 +64,7 @@ def test_gpt2_agrees_with_the_packages_own_tokenizer():
     assert load_gpt2().encode_ordinary(text) == other.encode(text)
 
 
-def test_a_vocabulary_that_is_not_right_is_not_used(monkeypatch, tmp_path):
+def test_a_wrong_vocabulary_is_not_used(monkeypatch, tmp_path):
     monkeypatch.setitem(tokenize_text._VOCAB_SHA256, "vocab.bpe", "0" * 64)
     assert tokenize_text.installed_vocabulary() is None
 
@@ -100,7 +100,7 @@ def test_bytes():
 
 
 @pytest.mark.parametrize("encoding", ["bytes", "gpt2"])
-def test_every_document_is_there_once(tmp_path, encoding, monkeypatch):
+def test_every_document_is_written_once(tmp_path, encoding, monkeypatch):
     monkeypatch.setattr(tokenize_text, "_BATCH_CHARACTERS", 100)
     texts = [f"Document {number}: " + "naïve 東京 <|endoftext|> " * (number % 7) for number in range(300)]
     manifest = tokenize_documents(iter(texts), tmp_path, encoding, 0.1, seed=1, shard_tokens=1000, source="s", licence="l")
@@ -122,7 +122,7 @@ def test_every_document_is_there_once(tmp_path, encoding, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["manifest.json", *manifest.files])
 
 
-def test_the_split_depends_on_the_seed_and_the_text_alone(tmp_path):
+def test_the_split_depends_only_on_the_seed_and_the_text(tmp_path):
     texts = [f"text {number}" for number in range(200)]
 
     def val(name, texts, seed):

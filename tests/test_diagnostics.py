@@ -84,7 +84,7 @@ def test_noise_and_tracking_error_are_unbiased():
     assert diag.cosine([2 * target], exact) == pytest.approx(1)
 
 
-def test_nothing_to_divide_by():
+def test_a_zero_denominator_gives_nan():
     zero = [torch.zeros(2)]
     assert math.isnan(diag.best_gamma(zero, zero))
     assert math.isnan(diag.relative_size(zero, zero))
@@ -122,7 +122,7 @@ def test_momenta_are_the_recursions(variant):
         old, last = batch, x
 
 
-def test_the_differences_are_what_they_are_called():
+def test_the_differences_match_their_names():
     model = Quadratic(draws(1, 3, 5)[0])
     params = [model.p]
     optimizer = GluonMVR2(params, lr=0.1)
@@ -182,7 +182,7 @@ def test_measuring_changes_no_bit(variant):
     assert all(torch.equal(a, b) for a, b in zip(train(True), train(False), strict=True))
 
 
-def test_a_closure_that_fails_leaves_everything():
+def test_a_failing_closure_changes_nothing():
     p = torch.eye(2).requires_grad_()
     p.grad = torch.full((2, 2), 3.0)
 

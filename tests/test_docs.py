@@ -93,14 +93,14 @@ def test_prose_is_wrapped(page):
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_links_lead_to_files(page):
+def test_links_point_to_files(page):
     for target in re.findall(r"\]\(([^)#\s]+)", (ROOT / page).read_text()):
         path = (ROOT / page).parent / target
         not_run_yet = page == "results/README.md" and not path.parent.exists()  # a study's folder comes with its results
         assert "://" in target or not_run_yet or path.exists(), f"{page} links to {target}"
 
 
-def test_what_was_removed_stands_nowhere():
+def test_removed_names_appear_nowhere():
     found = []
     for name in TRACKED:
         # Tests may try what was removed; the history may name it.

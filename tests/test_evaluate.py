@@ -63,7 +63,7 @@ def test_several_documents_of_gpt2_tokens(tmp_path, capsys):
     assert float(row["bits/byte"]) == pytest.approx(sum(losses) / math.log(2) / len("".join(texts).encode()), abs=6e-5)
 
 
-def test_shards_say_what_the_text_says(run, tmp_path, capsys):
+def test_shards_and_text_have_the_same_score(run, tmp_path, capsys):
     texts = [f"{i}: {TEXT}" for i in range(60)]
     manifest = tokenize_documents(texts, tmp_path / "shards", "bytes", 0.4, shard_tokens=500)
     validation = sorted(name for name in manifest.files if "_val_" in name)
@@ -83,7 +83,7 @@ def test_shards_say_what_the_text_says(run, tmp_path, capsys):
     assert few["tokens"] == "70" and float(few["loss"]) == pytest.approx(np.mean(losses), abs=6e-5)
 
 
-def test_own_data_as_the_trainer_validates(tmp_path, capsys):
+def test_the_runs_own_data_as_the_trainer_validates(tmp_path, capsys):
     """The same windows and the same number as train_gpt.validate, for a run and its checkpoint."""
     from contextlib import nullcontext
 
@@ -106,7 +106,7 @@ def test_own_data_as_the_trainer_validates(tmp_path, capsys):
         assert row["tokens"] == "992" and float(row["loss"]) == pytest.approx(expected, abs=6e-5)
 
 
-def test_a_vocabulary_without_text_has_a_loss(tmp_path, capsys):
+def test_an_unknown_vocabulary_has_a_loss(tmp_path, capsys):
     write_shard(tmp_path / "x_val_000000.bin", np.arange(300) % 61)
     run = write_run(tmp_path / "run", vocab_size=61, data_dir=str(tmp_path))
     [row] = table(capsys, run)
@@ -149,8 +149,8 @@ def test_what_is_refused(run, tmp_path):
     (tmp_path / "b.pdf").write_text("")
     for data, expected in [
         ("shards", "holds the token 2000, outside the model's vocabulary of 257"),
-        ("one.bin", "has 1 tokens, and it takes 2"),
-        ("bytes", "its tokens are gpt2, and those of .* bytes; give text"),
+        ("one.bin", "has 1 tokens, but an evaluation needs at least 2"),
+        ("bytes", "its tokens are gpt2, but .* needs bytes; give text"),
         ("a.txt", "an empty document"),
         ("b.pdf", "is not one of .txt"),
         ("none.bin", "no such shard"),

@@ -64,7 +64,7 @@ def test_verdicts():
     assert interval([-1.0, math.inf]).verdict == "undecided"
 
 
-def test_pairs_use_the_seeds_that_both_have_and_cancel_what_they_share():
+def test_pairs_use_common_seeds_and_cancel_common_noise():
     found = paired({0: 1.0, 1: 11.0, 7: 99.0}, {0: 2.0, 1: 12.0, 3: -5.0})
     assert (found.mean, found.low, found.high, found.n) == (-1.0, -1.0, -1.0, 2)
     with pytest.raises(ValueError, match="no seed"):
@@ -163,7 +163,7 @@ def test_sections_of_a_page_are_replaced(tmp_path):
 # ---- runs and records
 
 
-def test_a_run_that_diverged_is_told_from_one_that_failed():
+def test_a_divergence_is_distinguished_from_a_failure():
     assert _diverged("train_gpt: step 3: the train_loss of the weights that it left is nan; go on from the last checkpoint")
     assert _diverged("train_gpt: step 3: the loss is not finite, from blocks.0.mlp on (batch 3: sequences 24 to 31)")
     assert not _diverged("train_gpt: results/x can't be written (No space left on device)")
@@ -196,7 +196,7 @@ def test_states_of_a_run_and_its_record(tmp_path):
     assert packed_records(job.packed)["seed0"]["diverged"] == "loss is nan"
 
 
-def test_a_damaged_record_is_told(tmp_path):
+def test_a_damaged_record_is_reported(tmp_path):
     path = tmp_path / "arm.jsonl"
     for text in ("no json", "[]", '{"run": "a"}', '{"run": "a", "config": {}, "metrics": [{"update": 0}]}'):
         path.write_text(text + "\n")
@@ -237,7 +237,7 @@ def test_a_comparison_of_records(tmp_path):
 # ---- the studies
 
 
-def test_the_double_average_is_mvr2_where_nothing_moves():
+def test_the_double_average_is_mvr2_if_the_weights_stay():
     """With lr 0 the correction vanishes, ĝ_k = g_k, so MVR-2 and its control hold the same numbers."""
     found = []
     for kind in (GluonMVR2, DoubleAverage):
@@ -300,7 +300,7 @@ OWN = {
 
 
 @pytest.mark.parametrize("name", OWN)
-def test_a_class_of_ones_own_has_the_knobs_of_its_constructor(name):
+def test_a_users_class_has_the_knobs_of_its_constructor(name):
     title, knobs, lr = OWN[name]
     method = sweep.own_method(name)
     trials = sweep.trials_of(method)
@@ -457,7 +457,7 @@ def test_the_sweep_to_its_leaderboard(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_a_class_of_ones_own_from_tuning_to_the_leaderboard(tmp_path, tiny, monkeypatch, capsys):
+def test_a_users_class_from_tuning_to_the_leaderboard(tmp_path, tiny, monkeypatch, capsys):
     """Runs of up to 4 updates of a tiny model, one trial each: Gluon, and an example class that defers its updates."""
     monkeypatch.setattr(sweep, "SURVIVORS", (1, 1, 1))
     monkeypatch.setattr(sweep, "CONFIG", str(tiny))
@@ -496,10 +496,10 @@ def test_calibration_times_every_arm(tiny):
 # ---- the page
 
 
-def test_the_leaderboard_is_what_the_records_say():
+def test_the_leaderboard_agrees_with_the_records():
     """The pages against results/: what stands between the marks is what the command writes."""
     wrong = leaderboard.stale()
-    assert not wrong, f"run python -m experiments.leaderboard: {', '.join(wrong)} not what the records say"
+    assert not wrong, f"run python -m experiments.leaderboard: {', '.join(wrong)} differs from the records"
 
 
 STUDIES = ["calibrate", "corpus", "diagnostics", "figures", "leaderboard", "map", "rates", "record", "smoothness", "sweep"]

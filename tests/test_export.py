@@ -61,7 +61,7 @@ def near(logits, expected):
 
 
 @torch.no_grad()
-def test_logits_and_loss_are_ours(exported, loaded):
+def test_logits_and_loss_agree_with_ours(exported, loaded):
     _, ours, _ = exported
     theirs, _ = loaded
     tokens = torch.randint(0, 257, (3, 32), generator=torch.Generator().manual_seed(1))
@@ -96,7 +96,7 @@ def test_the_cache_and_padding_change_nothing(exported, loaded):
 
 
 @torch.no_grad()
-def test_generates_as_we_do(exported, loaded):
+def test_generation_agrees_with_ours(exported, loaded):
     """Greedy, one prompt alone and two of different lengths in one batch, with the cache and without."""
     encoding, ours, _ = exported
     theirs, tokenizer = loaded
@@ -118,7 +118,7 @@ def test_generates_as_we_do(exported, loaded):
     assert len(set(wanted[0] + wanted[1])) > 4
 
 
-def test_the_tokenizer_is_that_of_the_data(exported, loaded):
+def test_the_tokenizer_agrees_with_the_datas(exported, loaded):
     encoding, _, _ = exported
     _, tokenizer = loaded
     ours = load_encoder(encoding)

@@ -69,7 +69,7 @@ def test_a_mistake_is_an_exception(options):
     assert metrics(folder)[-1]["update"] == 4
 
 
-def test_a_run_that_fails_on_its_way_lets_go_of_all(options):
+def test_a_failed_run_releases_everything(options):
     """The folder's lock above all: the same run can be started again, although its exception is kept, as notebooks do."""
     thrown = options | {"lr": 1e30, "deterministic": True, "checkpoint_every": 1}
     with pytest.raises(UserError, match="finite") as kept:

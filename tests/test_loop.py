@@ -111,7 +111,7 @@ def test_the_speed_is_that_since_the_last_line(capsys):
     assert "tokens/s" not in lines[0] and "tokens/s 2 " in lines[1] and "tokens/s 80 " in lines[2]
 
 
-def test_the_peak_is_that_of_the_very_card():
+def test_the_peak_is_that_of_the_exact_card():
     names = ["NVIDIA H100 80GB HBM3", "NVIDIA H100 NVL", "NVIDIA H100 PCIe", "NVIDIA H200", "NVIDIA H200 NVL", "a card"]
     assert [peak_flops(name) / 1e12 for name in names] == pytest.approx([989, 835, 756, 989, 835, 0])
 
@@ -166,7 +166,7 @@ def rank_1_hangs() -> None:
 
 
 @pytest.mark.slow
-def test_a_signal_ends_a_rank_that_waits_for_one_that_hangs(trainer):  # noqa: F811
+def test_a_signal_ends_a_rank_that_waits_for_a_hung_one(trainer):  # noqa: F811
     """torch holds the main thread of rank 0 then, for the whole --rank-timeout. Its checkpoint is whole."""
     options = "--optimizer mvr2 --checkpoint-every 2"
     expected = trainer.run("never-hung", options, ranks=2).ok()

@@ -45,7 +45,7 @@ def test_the_claim_is_counted(tmp_path, capsys):
     assert len(json.loads((tmp_path / "map" / "map.json").read_text())) == 2 * 45
 
 
-def test_a_run_that_diverged_is_no_gain(tmp_path):
+def test_a_diverged_run_is_no_gain(tmp_path):
     cell = ("mvr1", study.LRS[0], 0.9)
     base = ("gluon", study.LRS[0], 0.9)
     rows = study.differences({(cell, 0): {10: math.inf}, (base, 0): {10: 1.0}}, 10)

@@ -102,7 +102,7 @@ def test_all_logits_never_exist_at_once():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_compiled_the_head_needs_no_scatter_and_gives_the_same_bits(dtype):
+def test_the_compiled_head_needs_no_scatter_and_gives_the_same_bits(dtype):
     x = torch.randn(700, 8, dtype=dtype, requires_grad=True)
     w = torch.randn(9000, 8, dtype=dtype, requires_grad=True)
     targets = torch.randint(9000, (700,))
@@ -122,7 +122,7 @@ def test_compiled_the_head_needs_no_scatter_and_gives_the_same_bits(dtype):
         assert torch.equal(eager, compiled)
 
 
-def test_chunks_are_whole_tiles_of_about_one_size():
+def test_chunks_have_full_tiles_and_similar_sizes():
     for rows, vocabulary in [(1, 61), (2048, 257), (2048, 50304), (32768, 50304), (65536, 50304), (4000, 128256)]:
         for device in ("cuda", "cpu", "mps"):
             size = model_module._chunk_rows(rows, vocabulary, device, False)
@@ -154,7 +154,7 @@ def test_plain_attention_is_torchs():
         assert torch.allclose(a, b, rtol=0, atol=1e-13)
 
 
-def test_bfloat16_gradients_with_either_attention_are_as_near_to_the_exact_ones(monkeypatch):
+def test_bfloat16_gradients_are_as_exact_with_either_attention(monkeypatch):
     gpt = small(dtype=torch.float32)
     for p in gpt.parameters():
         torch.nn.init.normal_(p, std=0.3)
@@ -186,7 +186,7 @@ def test_no_position_sees_a_later_one():
     assert torch.allclose(a[:, :9], b[:, :9], atol=1e-12) and not torch.allclose(a[:, 9:], b[:, 9:], atol=1e-3)
 
 
-def test_rotary_scores_depend_on_the_distance_alone():
+def test_rotary_scores_depend_only_on_the_distance():
     cos, sin = (t.double() for t in rotary_table(16, 8))
     q, k = torch.randn(8, dtype=torch.float64).expand(1, 1, 16, 8), torch.randn(8, dtype=torch.float64).expand(1, 1, 16, 8)
     scores = (rotate(q, cos, sin) @ rotate(k, cos, sin).mT)[0, 0]

@@ -202,7 +202,7 @@ def test_defaults():
     assert isinstance(optimizer, torch.optim.Optimizer)
 
 
-def test_without_a_record_there_is_no_correction():
+def test_without_a_recorded_gradient_there_is_no_correction():
     data = list(batches(5))
     expected = reference([[b] for b in data], lambda *_: None)
     net = Net()
@@ -244,7 +244,7 @@ def test_values_and_clipping_by_hand():
     assert torch.allclose(optimizer.state[p]["momentum_buffer"], m, rtol=1e-15)
 
 
-def test_the_record_stays_until_the_next_one():
+def test_a_recorded_gradient_stays_until_the_next():
     p = nn.Parameter(matrix(0.0, 0.0))
     optimizer = MuonMVR([p], momentum=0.5, gamma=0.5)
     p.grad = matrix(0.1, 0.0)
@@ -262,7 +262,7 @@ def test_the_record_stays_until_the_next_one():
 
 
 @pytest.mark.parametrize("is_approx", [False, True])
-def test_none_leaves_everything(is_approx):
+def test_no_gradient_changes_nothing(is_approx):
     net = Net()
     optimizer = make(net, is_approx=is_approx)
     standard_loop(net, optimizer, batches(2))

@@ -79,7 +79,7 @@ def test_two_horizons_is_its_formula():
             torch.testing.assert_close(mine, right.detach(), rtol=1e-9, atol=1e-9)
 
 
-def test_hidden_mvr1_corrects_hidden_layers_alone():
+def test_hidden_mvr1_corrects_only_hidden_layers():
     def train(kind, norm):
         net = task.Net()
         optimizer = kind(net.parameters(), lr=0.05, norm=norm)

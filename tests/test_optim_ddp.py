@@ -123,7 +123,7 @@ def different_parameters(extra: int):
 
 
 @pytest.mark.parametrize("extra", [1, -1])
-def test_ranks_with_different_parameters_are_told(extra):
+def test_ranks_with_different_parameters_are_refused(extra):
     started(2).run(different_parameters, extra)
 
 

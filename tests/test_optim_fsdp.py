@@ -205,7 +205,7 @@ def peak_of_a_step(variant, bucket: int) -> tuple[int, int, int]:
 
 
 @pytest.mark.parametrize("variant", ["gluon", "single_batch"])
-def test_no_rank_ever_holds_the_whole_momentum(variant):
+def test_no_rank_ever_holds_the_full_momentum(variant):
     for own, whole, peak in started(4).run(peak_of_a_step, variant, 4 * 32 * 32):
         assert own == whole / 4
         assert own + peak < 0.75 * whole

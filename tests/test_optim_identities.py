@@ -117,7 +117,7 @@ def test_with_beta_zero_mvr2_and_mvr3_are_mvr1_with_beta_one_minus_q(flush, bias
         assert path_distance(path_of(GluonMVR3, momentum=0.0, q=Q, gamma=gamma, **options), expected) < 1e-12
 
 
-def test_beta_and_one_minus_q_can_change_places_in_mvr3():
+def test_beta_and_one_minus_q_can_be_swapped_in_mvr3():
     """Without bias correction and at γ = 1. With it they cannot, nor in MVR-2."""
     settings = {"momentum": BETA, "q": Q}, {"momentum": 1 - Q, "q": 1 - BETA}
     whole = [path_of(GluonMVR3, gamma=1.0, bias_correction=False, **s) for s in settings]
@@ -201,7 +201,7 @@ def test_bias_correction_makes_the_momentum_unbiased(variant):
             assert torch.allclose(momentum(optimizer, p), share * g, rtol=1e-14)
 
 
-def test_the_correction_of_the_bias_changes_the_trajectory():
+def test_bias_correction_changes_the_trajectory():
     for variant in VARIANTS:
         nets = Net(), Net()
         ends = [train(n, make(variant, n, bias_correction=b), range(4))[-1] for n, b in zip(nets, (True, False), strict=True)]
@@ -242,7 +242,7 @@ def test_values_of_a_second_step(variant, bias_correction):
 
 @corrections
 @variants
-def test_the_first_gradient_is_taken_whole(variant, bias_correction):
+def test_the_first_gradient_has_full_weight(variant, bias_correction):
     """Neither (1-β) g, nor inflated by a correction against zeros."""
     p, g, hat = parameter(1.0, 2.0, 3.0), vector(3.0, -4.0, 1.0), vector(0.5, 0.5, 9.0)
     optimizer = VARIANTS[variant]([p], lr=0.1, momentum=BETA, norm="rms", bias_correction=bias_correction)
@@ -260,7 +260,7 @@ def test_the_first_gradient_is_taken_whole(variant, bias_correction):
 
 
 @variants
-def test_momentum_is_no_alias_of_a_gradient_that_is_zeroed_later(variant):
+def test_momentum_does_not_alias_a_gradient(variant):
     p = parameter(1.0, 2.0)
     optimizer = VARIANTS[variant]([p], momentum=BETA, norm="rms")
     held = []
@@ -330,7 +330,7 @@ def estimation_error(cls, lr, **options):
     return sum(errors) / len(errors)
 
 
-def test_a_full_correction_pays_at_small_steps_alone():
+def test_a_full_correction_pays_only_at_small_steps():
     """γ = 1 at a large β: the noise of g - ĝ grows with the step and lives 1/(1-β) steps. That is the algorithm, not a bug."""
     assert estimation_error(GluonMVR1, 0.01, gamma=1.0) < 0.7 * estimation_error(Gluon, 0.01)
     assert estimation_error(GluonMVR1, 0.3, gamma=1.0) > 1.3 * estimation_error(GluonMVR1, 0.3, gamma=0.1)
@@ -339,7 +339,7 @@ def test_a_full_correction_pays_at_small_steps_alone():
 # ---- classes --------------------------------------------------------------------------------------------------------------
 
 
-def test_what_the_classes_say_about_themselves():
+def test_passes_and_deferred_of_the_classes():
     """The trainer asks these, never the name."""
     facts = {cls: (cls.deferred, cls.passes) for cls in (Gluon, SingleBatchMVR, PreviousBatchMVR, MuonMVR)}
     assert facts == {Gluon: (False, 1), SingleBatchMVR: (False, 1), PreviousBatchMVR: (False, 2), MuonMVR: (False, 1)}

@@ -135,7 +135,7 @@ def test_zero_rows_and_columns(name):
 
 
 @pytest.mark.parametrize("name", [n for n in NORMS if n != "sign"])  # torch.sign(nan) is 0
-def test_not_a_number_is_not_hidden(name):
+def test_nan_is_not_hidden(name):
     m = gaussian((3, 4))
     m[1, 2] = math.nan
     assert get_norm(name, m.shape).lmo(m)[1, 2].isnan()
@@ -334,7 +334,7 @@ def test_bfloat16_units_are_looked_for_on_every_device():
 
 
 @given(seed=st.integers(0, 10**6), rank=st.integers(1, 3))
-def test_svd_leaves_the_null_space_out(seed, rank):
+def test_svd_leaves_out_the_null_space(seed, rank):
     m = gaussian((6, 8), seed, rank)
     values = torch.linalg.svdvals(polar(m, "svd"))
     assert torch.allclose(values[:rank], torch.ones(rank, dtype=torch.float64), atol=1e-10) and values[rank:].max() < 1e-10

@@ -38,7 +38,7 @@ from torch._dynamo.testing import CompileCounter
     "variant, passes",
     [("gluon", 6), ("single_batch", 6), ("mvr1", 11), ("mvr2", 11), ("mvr3", 11), ("previous_batch", 12), ("muon_mvr", 6)],
 )
-def test_six_updates_cost_so_many_passes(variant, passes):
+def test_the_passes_of_six_updates(variant, passes):
     """2K - 1 for MVR-1, -2, -3: the first step has no previous weights. `step` returns what the counting pass returned."""
     net = Net()
     optimizer = make(variant, net)
@@ -187,7 +187,7 @@ def test_both_passes_see_the_same_random_numbers(variant):
 
 
 @two_passes
-def test_the_pass_that_counts_leaves_its_random_state(variant):
+def test_the_random_state_is_that_after_the_pass_for_g(variant):
     """Where the passes draw differently (a branch on the weights), the generator goes on from where g's pass leaves it."""
     p = parameter(1.0, 2.0)
     optimizer = VARIANTS[variant]([p], norm="rms")
@@ -250,7 +250,7 @@ def failing(net, k, at):
 
 
 @variants
-def test_a_failure_in_the_first_pass_leaves_everything(variant):
+def test_a_failure_in_the_first_pass_changes_nothing(variant):
     """The step can be made again, as if nothing had been."""
     nets, ends = (Net(), Net()), []
     for net, fails in zip(nets, (False, True), strict=True):
@@ -280,7 +280,7 @@ def fail_in_the_second_pass(optimizer, p, g):
 
 
 @deferred
-def test_a_failure_in_the_second_pass_starts_the_momentum_anew(variant):
+def test_a_failure_in_the_second_pass_restarts_the_momentum(variant):
     """The update before it is applied and counted; half of a correction must not stay in the momentum."""
     p, other = parameter(1.0, 2.0), parameter(1.0, 2.0)
     a, b, c, hat = vector(1.0, 0.0), vector(2.0, 1.0), vector(-3.0, 4.0), vector(5.0, 5.0)

@@ -172,13 +172,13 @@ def test_flushes_missing_gradients_and_dropout(variant, scenario, bias_correctio
 
 
 @variants
-def test_closures_that_zero_gradients(variant):
+def test_closures_may_zero_gradients(variant):
     """What a pass found in `.grad` was dropped before, so a gradient that is missing stays missing, not zero."""
     setting = (variant, "moving", 0.1, True, "missing")
     assert_path(run(*setting, zeroes=True), expected(*setting))
 
 
-def test_the_settings_tell_the_variants_apart():
+def test_the_settings_distinguish_the_variants():
     """Otherwise a wrong class, or one option in the place of another, could pass for the right one."""
     ends = {
         (variant, schedule, bias, scenario): expected(variant, schedule, 0.1, bias, scenario)[-1]

@@ -76,7 +76,7 @@ def assert_same_state(state: dict, expected: dict) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_every_rank_gets_the_whole_state(variant):
+def test_every_rank_gets_the_full_state(variant):
     for steps in (0, 1, 3):
         expected = stop("ddp", variant, steps)["state"]
         for world in (2, 3, 4) if steps == 3 else (3,):
@@ -86,7 +86,7 @@ def test_every_rank_gets_the_whole_state(variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_whole_state_goes_anywhere(variant):
+def test_the_full_state_loads_on_any_number_of_ranks(variant):
     """A rank takes what it owns of it."""
     for steps, saver, loaders in ((0, 2, (3,)), (1, 4, (1, 3)), (3, 3, WORLDS), (3, 1, (2, 3))):
         saved = stopped("ddp", variant, steps, saver)[-1]
@@ -98,7 +98,7 @@ def test_the_whole_state_goes_anywhere(variant):
 
 
 @pytest.mark.parametrize("variant", ["gluon", "mvr2", "mvr3"])
-def test_the_state_of_fsdp_goes_to_ddp(variant):
+def test_state_of_fsdp_loads_under_ddp(variant):
     answers = started(2).run(go_on, variant, 3, stopped("fsdp", variant, 3, 3)[0])
     assert_same(answers, tail(variant, 3))
 
@@ -114,7 +114,7 @@ def is_refused(variant, saved) -> bool:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_one_ranks_share_is_refused(variant):
+def test_the_share_of_one_rank_is_refused(variant):
     for saved in started(2).run(stop, "ddp", variant, 2, False):
         assert is_refused(variant, saved)
         assert any(started(4).run(is_refused, variant, saved))
@@ -166,7 +166,7 @@ def load(kind: str, variant, steps: int, folder: str) -> dict:
 
 @pytest.mark.parametrize("steps, saver, loaders", [(0, 2, (3,)), (3, 3, (1, 2, 4)), (3, 1, (2,))])
 @pytest.mark.parametrize("variant", ["gluon", "mvr1", "mvr2", "mvr3", "previous_batch"])
-def test_distributed_checkpoint_of_fsdp_goes_anywhere(variant, steps, saver, loaders, tmp_path):
+def test_distributed_checkpoint_of_fsdp_loads_anywhere(variant, steps, saver, loaders, tmp_path):
     started(saver).run(save, "fsdp", variant, steps, str(tmp_path))
     for loader in loaders:
         answers = started(loader).run(load, "fsdp", variant, steps, str(tmp_path))

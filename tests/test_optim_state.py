@@ -101,7 +101,7 @@ def test_round_trip_after_a_flush(variant):
 
 
 @all_classes
-def test_the_first_state_has_everything(variant):
+def test_the_initial_state_has_every_key(variant):
     """Where it did not, torch.distributed.checkpoint would take a step with zero gradients."""
     net = Net()
     optimizer = make(variant, net)
@@ -124,7 +124,7 @@ def test_the_first_state_has_everything(variant):
 
 
 @all_classes
-def test_loaded_state_is_no_alias(variant):
+def test_loaded_state_does_not_alias_the_file(variant):
     net, other = Net(), Net()
     optimizer, loaded = make(variant, net), make(variant, other)
     optimizer.step(closure_of(net, 0))

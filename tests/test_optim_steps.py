@@ -126,7 +126,7 @@ def test_an_empty_matrix_in_every_norm(norm):
 CORRECTED = [BETA * (1 - BETA**k) / (1 - BETA ** (k + 1)) for k in range(4)]
 
 
-def test_after_flush_the_next_step_is_gluons():
+def test_after_a_flush_the_next_step_is_gluons():
     p = parameter(1.0, 2.0)
     a, b, hat, c = vector(1.0, 0.0), vector(2.0, 1.0), vector(9.0, 9.0), vector(0.0, 3.0)
     optimizer = GluonMVR1([p], lr=0.1, momentum=BETA, gamma=GAMMA, norm="rms")
@@ -225,7 +225,7 @@ def test_a_first_gradient_that_comes_later(variant):
 
 @pytest.mark.parametrize("norm", ["rms", "adamw"])
 @variants
-def test_none_in_both_passes_leaves_everything(variant, norm):
+def test_none_in_both_passes_changes_nothing(variant, norm):
     p, q, one = parameter(1.0, 2.0), parameter(3.0, 4.0), vector(1.0, 3.0)
     optimizer = VARIANTS[variant]([p, q], lr=0.1, weight_decay=0.5, norm=norm)
     optimizer.step(Script([p, q], [one, one], [one, None]))

@@ -41,7 +41,7 @@ def curve(end: float, gradients: int = 1, count: int = 11) -> list[str]:
     return [validation(20 * i, end + 4 * math.exp(-i), gradients) for i in range(count)]
 
 
-def test_reads_validations_alone(run_folder):
+def test_reads_only_validations(run_folder):
     run = plot.read_run(run_folder("a", train(1), validation(0, 5.0), train(2), "", validation(10, 4.0, 2)))
     assert (run.name, run.update, run.passes, run.seconds, run.val_loss) == ("a", [0, 10], [0, 20], [0, 5], [5, 4])
 

@@ -47,7 +47,7 @@ def plain_loop(problem, arm, K, seed):
 
 
 @pytest.mark.parametrize("problem", rates.PROBLEMS, ids=lambda p: p.name)
-def test_the_batched_recursion_is_the_plain_one(problem):
+def test_the_batched_recursion_agrees_with_the_plain_loop(problem):
     """Every method, two horizons and two seeds at once equal one run at a time."""
     arms = [rates.Arm(m, 0.5 + 0.5 * i, 1.0) for i, m in enumerate(rates.METHODS)]
     result, seen = record(problem, arms, [32, 16], [3, 5])
@@ -74,7 +74,7 @@ def test_gamma_zero_is_gluon(compares):
         assert torch.equal(M[:, 0], M[:, 1])
 
 
-def test_without_noise_mvr1_and_mvr3_hold_the_exact_gradient():
+def test_without_noise_mvr1_and_mvr3_have_the_exact_gradient():
     """M_k = ∇f(X_k) for γ = 1 and any β and q; plain momentum lags behind, and so does MVR-2's over its exact d."""
     problem = replace(CAUCHY, sigma=0.0)
     arms = [rates.Arm(MVR1, 1.0, 4.0), rates.Arm(MVR3, 1.0, 4.0), rates.Arm(GLUON, 1.0, 4.0), rates.Arm(MVR2, 0.1, 4.0)]
@@ -101,7 +101,7 @@ def test_nesterov_is_the_extrapolated_average():
 
 
 @pytest.mark.parametrize("problem", rates.PROBLEMS, ids=lambda p: p.name)
-def test_problems_are_what_they_say(problem):
+def test_problems_match_their_descriptions(problem):
     """h' is h's derivative, the noise is unbiased and of variance σ²(1 + cos²u), the minimum is at W with f* = 0."""
     u = torch.linspace(-4, 4, 801, dtype=torch.float64, requires_grad=True)
     (du,) = torch.autograd.grad(problem.h(u).sum(), u)
@@ -183,7 +183,7 @@ def test_differences_are_paired():
     np.testing.assert_allclose(f["slope_boot"][:, 0], f["slope_boot"][:, 1], atol=1e-12)
 
 
-def test_a_run_does_not_depend_on_its_company():
+def test_a_run_does_not_depend_on_the_others():
     """The same (seed, K) alone and among others."""
     arms = [rates.Arm(MVR3, 1.0, 4.0)]
     together = rates.simulate(CAUCHY, arms, [128, 64], [0, 1, 2])["gap"]

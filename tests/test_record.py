@@ -27,7 +27,7 @@ def test_the_row_of_a_record(tmp_path, capsys):
     assert "valid: p < 0.01" in capsys.readouterr().out
 
 
-def test_under_the_null_hypothesis_the_rule_is_met_as_often_as_it_says():
+def test_the_rules_false_positive_rate():
     draws = np.random.default_rng(0).normal(3.28, 0.0013, (20_000, 4))
     share = np.mean([chance(losses.tolist(), 3.28) < 0.01 for losses in draws])
     assert 0.008 < share < 0.012

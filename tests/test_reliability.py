@@ -143,7 +143,7 @@ def test_resume_after_damage_is_exact(trainer, undisturbed, checkpoints):  # noq
     done.same_as(undisturbed(MVR2))
 
 
-def test_where_no_checkpoint_is_whole_nothing_is_removed(trainer, checkpoints):  # noqa: F811
+def test_if_all_checkpoints_are_damaged_nothing_is_removed(trainer, checkpoints):  # noqa: F811
     for step in (3, 6):
         flip(checkpoints / f"step_000000{step}" / "model.safetensors")
     folder = trainer.results / "all-damaged"
@@ -178,7 +178,7 @@ def test_a_full_disk_keeps_the_run_alive(trainer, undisturbed):  # noqa: F811
     assert not [path for path in (done.folder / "checkpoints").iterdir() if path.name.startswith(".")]
 
 
-def test_a_disk_that_stays_full_leaves_the_old_checkpoints_whole(trainer, undisturbed):  # noqa: F811
+def test_a_disk_that_stays_full_leaves_the_old_checkpoints_intact(trainer, undisturbed):  # noqa: F811
     done = trainer.run("stays-full", f"{MVR2} --checkpoint-every 1", patch=full_disk_to_the_end)
     assert "the last checkpoint could not be written" in done.refusal()
     steps = [read_state(path)["step"] for path in list_checkpoints(done.folder / "checkpoints")]
@@ -477,7 +477,7 @@ def rank_1_refuses() -> None:
         at_step(3, refuse)
 
 
-def test_an_error_of_another_rank_alone_is_told_once(trainer):  # noqa: F811
+def test_an_error_on_one_other_rank_is_printed_once(trainer):  # noqa: F811
     done = trainer.run("rank-1-refuses", "", ranks=2, patch=rank_1_refuses)
     assert done.codes[1] == 2 and done.codes[0] == 1
     lines = [line for line in done.err.splitlines() if line.startswith("train_gpt")]
@@ -561,7 +561,7 @@ def slurm(tmp_path, trainer):  # noqa: F811
     return run
 
 
-def test_slurm_requeues_on_the_marker_alone(slurm, tmp_path):
+def test_slurm_requeues_only_on_the_marker(slurm, tmp_path):
     marker = tmp_path / "results" / "quickstart_mvr2" / "requeue"
     marker.parent.mkdir(parents=True)
     words = ("--config", "configs/quickstart_mvr2.py", "--results-dir", str(tmp_path / "results"), "--steps", "5")

@@ -79,7 +79,7 @@ def said(capsys, *words):
     return capsys.readouterr().out
 
 
-def test_run_checkpoint_and_weights_say_the_same(tmp_path, capsys):
+def test_run_checkpoint_and_weights_give_the_same_text(tmp_path, capsys):
     run = write_run(tmp_path / "run")
     text = said(capsys, run, "--prompt", "Größe", "--seed", "3")
     assert text.startswith("Größe") and len(text) > 50
@@ -159,7 +159,7 @@ def test_what_is_refused(tmp_path, change, words, expected):
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_a_vocabulary_without_text(tmp_path):
+def test_an_unknown_vocabulary(tmp_path):
     with pytest.raises(UserError, match="is neither GPT-2's nor bytes"):
         main([str(write_run(tmp_path / "run", vocab_size=61))])
 

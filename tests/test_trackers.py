@@ -115,7 +115,7 @@ def test_a_tracker_that_is_not_installed(trainer, monkeypatch, capfd, module, op
     assert (folder / "metrics.jsonl").read_text().count("\n") == 11
 
 
-def test_tensorboard_goes_on_after_a_resume(trainer):  # noqa: F811
+def test_tensorboard_continues_after_a_resume(trainer):  # noqa: F811
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     options = "--tensorboard --checkpoint-every 2"
     first = train(load_config(trainer.words("board", f"{options} --steps 5")))

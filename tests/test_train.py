@@ -152,7 +152,7 @@ def test_ranks_agree_to_rounding_in_float32(uninterrupted):
 
 
 @pytest.mark.parametrize("variant", ["mvr2", "muon_mvr_exact"])
-def test_a_checkpoint_of_two_ranks_goes_on_with_one_and_with_four(uninterrupted, trainer, variant):  # noqa: F811
+def test_a_checkpoint_of_two_ranks_resumes_on_one_and_four(uninterrupted, trainer, variant):  # noqa: F811
     saved = trainer.run(f"{variant}-two", f"{VARIANTS[variant]} --steps 4", ranks=2).ok()
     assert len(list((saved.folder / "checkpoints" / "step_0000004").glob("optimizer-*"))) == 2
     for ranks in (1, 4):
@@ -168,7 +168,7 @@ def test_a_checkpoint_of_two_ranks_goes_on_with_one_and_with_four(uninterrupted,
     "variant, ranks, steps",  # a longer run validates at 3, and not at 4
     [(variant, 1, 3) for variant in VARIANTS] + [("gluon", 1, 4), ("mvr3", 1, 4), ("mvr2", 2, 4), ("previous_batch", 2, 4)],
 )
-def test_a_finished_run_goes_on_exactly(uninterrupted, trainer, variant, ranks, steps):  # noqa: F811
+def test_a_finished_run_extends_exactly(uninterrupted, trainer, variant, ranks, steps):  # noqa: F811
     name = f"{variant}-extended-{ranks}-{steps}"
     trainer.run(name, f"{VARIANTS[variant]} --steps {steps} --resume auto", ranks=ranks).ok()
     extended = trainer.run(name, f"{VARIANTS[variant]} --resume auto", ranks=ranks).ok()
@@ -228,7 +228,7 @@ def test_a_run_is_written_by_one_process_at_a_time(trainer):  # noqa: F811
     trainer.run("shared", "--steps 2").ok()
 
 
-def test_overwrite_spares_a_folder_that_is_no_run(trainer):  # noqa: F811
+def test_overwrite_leaves_a_foreign_folder_alone(trainer):  # noqa: F811
     folder = trainer.results / "home"
     folder.mkdir()
     (folder / "config.json").write_text('{"of": "another program"}')
@@ -307,7 +307,7 @@ def test_two_deterministic_runs_are_the_same(trainer):  # noqa: F811
     assert first.weights["embedding.weight"].dtype == "float32"
 
 
-def test_losses_are_finite_or_told(trainer: Trainer):  # noqa: F811
+def test_a_loss_that_is_not_finite_ends_the_run(trainer: Trainer):  # noqa: F811
     """A learning rate that throws the weights out of float32 ends in one line, and in no checkpoint of them."""
     done = trainer.run("thrown", "--lr 1e30 --dtype float32 --checkpoint-every 1")
     message = done.refusal()

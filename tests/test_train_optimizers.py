@@ -174,7 +174,7 @@ def test_muon_mvr_is_the_loop_of_its_readme(trainer, mode):  # noqa: F811
         assert (done.weights[name] == value.numpy()).all(), name
 
 
-def test_a_last_gradient_goes_past_a_batch_that_is_not_finite():
+def test_a_last_gradient_recovers_after_a_bad_batch():
     """The step after a batch that fails compares with that batch and fails too; the one after it does not."""
     taken = []
 
@@ -208,7 +208,7 @@ class Gluon(PreviousBatchMVR):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name, like", [("Mine", "mvr3"), ("Gluon", "previous_batch")])
-def test_a_subclass_beside_a_config_trains_as_what_it_is(trainer, tmp_path, name, like):  # noqa: F811
+def test_a_subclass_next_to_a_config_trains_like_its_base(trainer, tmp_path, name, like):  # noqa: F811
     (tmp_path / "my_rules.py").write_text(RENAMED)
     config = tmp_path / "mine.py"
     config.write_text(f"optimizer = 'my_rules:{name}'\nmomentum = 0.2\n")
@@ -224,7 +224,7 @@ def test_a_subclass_beside_a_config_trains_as_what_it_is(trainer, tmp_path, name
 @pytest.mark.parametrize(
     "name, options", [("AdamW", {"betas": [0.8, 0.9], "weight_decay": 0.1}), ("Muon", {"nesterov": False})]
 )
-def test_an_optimizer_of_torch_is_torch_s(trainer, tmp_path, name, options):  # noqa: F811
+def test_an_optimizer_of_torch_trains_as_in_torch(trainer, tmp_path, name, options):  # noqa: F811
     """Its own loop, with the config's options, gives the trainer's weights to the bit."""
     embed = {"lr": 0.0} if name == "Muon" else {"betas": [0.7, 0.9]}
     config = tmp_path / "of_torch.py"
@@ -245,7 +245,7 @@ def test_an_optimizer_of_torch_is_torch_s(trainer, tmp_path, name, options):  # 
         assert (done.weights[key] == value.numpy()).all(), key
 
 
-def test_facts_come_from_the_class():
+def test_passes_come_from_the_class():
     model = GPT(GPTConfig(61, 1, 2, 16, 16))
     facts = {}
     for name in (*OPTIMIZERS, "torch.optim:SGD"):

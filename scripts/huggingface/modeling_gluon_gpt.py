@@ -1,7 +1,7 @@
 """The GPT of Scion's and Gluon's NanoGPT experiments, for Hugging Face transformers (version 5).
 
 No biases, no parameters in its norms, rotary positions, RMS-normalised queries and keys, squared ReLU, tied embedding and
-head. Shapes in names: B sequences, T tokens, S tokens with those in the cache, D width, H heads, d = D/H.
+head. Shapes in names: B sequences, T tokens, S tokens including those in the cache, D width, H heads, d = D/H.
 """
 
 import torch
@@ -38,7 +38,7 @@ class GluonGPTConfig(PretrainedConfig):
 
 
 def rms_norm(x: Tensor) -> Tensor:
-    """x over its root mean square along the last dimension."""
+    """x divided by its root mean square along the last dimension."""
     return F.rms_norm(x, (x.size(-1),))
 
 
@@ -72,7 +72,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two layers, four times wider between them, with (√2·relu)²."""
+    """Two layers, D to 4·D to D, with (√2·relu)²."""
 
     def __init__(self, config: GluonGPTConfig) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ class GluonGPTForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        # No buffers: from_pretrained builds the model without memory and then fills it from the file alone.
+        # Not a buffer: from_pretrained builds the model without memory and fills it from the file, which has no angles.
         self._angles: tuple[Tensor, Tensor] | None = None
         self.post_init()
 
@@ -138,8 +138,8 @@ class GluonGPTForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """Logits (B, T, vocabulary) in float32 of `input_ids` (B, T), which follow the tokens in `past_key_values`.
 
-        `attention_mask` (B, S) is 0 at padding, on either side. `labels` (B, T) are shifted here, and -100 is left out.
-        Raises ValueError where there are more than `seq_len` tokens.
+        `attention_mask` (B, S) is 0 at padding, on either side. `labels` (B, T) are shifted here, and -100 is ignored.
+        Raises ValueError if there are more than `seq_len` tokens.
         """
         T = input_ids.size(1)
         if use_cache is None:
@@ -160,7 +160,7 @@ class GluonGPTForCausalLM(PreTrainedModel, GenerationMixin):
             mask = torch.ones(T, S, dtype=torch.bool, device=input_ids.device).tril(past)[None, None]
         if padded:
             seen = attention_mask.bool()[:, None, None, :S]
-            # A token of padding sees itself: a row that sees nothing would be NaN.
+            # A padding token sees itself, because a row that sees nothing would be NaN.
             mask = (mask & seen) | torch.eye(S, dtype=torch.bool, device=input_ids.device)[None, None, past:]
         cos, sin = (table[position_ids].unsqueeze(1) for table in self._rotary(input_ids.device))
 
