@@ -1,5 +1,4 @@
-"""Python commands as processes forked from one that has imported torch: a command costs a second and not the seconds of an
-import."""
+"""Runs Python commands in processes forked from one that has imported torch, which saves each command's import time."""
 
 import atexit
 import multiprocessing
@@ -15,14 +14,14 @@ from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
-# What the server that forks the processes of all tests has imported.
+# What the fork server of all tests imports.
 PRELOAD = ["torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "torch._inductor", "train_gpt"]
-# multiprocessing reads an exit code once, and loses it where two threads ask at the same time.
+# multiprocessing reads an exit code once, and loses it if two threads ask at the same time.
 _LOCK = threading.Lock()
 
 
 def context() -> BaseContext:
-    """Processes are forked by a server that has imported torch once, where the platform allows it."""
+    """A multiprocessing context whose server imports torch once and forks, if the platform allows it."""
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     made = multiprocessing.get_context(method)
     if method == "forkserver":
@@ -31,7 +30,7 @@ def context() -> BaseContext:
 
 
 def redirect(log: Path) -> None:
-    """Let this process write into LOG.out and LOG.err."""
+    """Redirect this process's stdout and stderr into LOG.out and LOG.err."""
     for number, name in ((1, "out"), (2, "err")):
         descriptor = os.open(f"{log}.{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(descriptor, number)
@@ -39,7 +38,7 @@ def redirect(log: Path) -> None:
 
 
 class Popen:
-    """subprocess.Popen of `python SCRIPT ...` or `python -m MODULE ...`; what it writes is always kept, as text."""
+    """Like subprocess.Popen for `python SCRIPT ...` or `python -m MODULE ...`. The output is always kept, as text."""
 
     def __init__(self, command: Sequence[str], cwd: Path | None = None, env: Mapping[str, str] | None = None, **_: Any) -> None:
         assert command[0] == sys.executable
@@ -72,7 +71,7 @@ class Popen:
 
 
 def run(command: Sequence[str], timeout: float = 120, **options: Any) -> subprocess.CompletedProcess[str]:
-    """subprocess.run of such a command."""
+    """Like subprocess.run for such a command."""
     process = Popen(command, **options)
     out, err = process.communicate(timeout)
     return subprocess.CompletedProcess(command, process.returncode, out, err)
@@ -86,11 +85,11 @@ def _command(words: list[str], place: str, environment: dict[str, str], log: Pat
     try:
         execute(words)
     finally:
-        atexit._run_exitfuncs()  # as an interpreter's end does
+        atexit._run_exitfuncs()  # as the interpreter's exit does
 
 
 def execute(words: list[str]) -> None:
-    """What the interpreter does with these words, in this process."""
+    """Do in this process what `python WORDS` would do."""
     import torch
 
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""A hub of datasets on localhost, which answers well or misbehaves as it is told."""
+"""Hubs on localhost: one serves a dataset, with faults on request, and one takes uploads of models."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 class HubServer:
     """Serves `files` of one dataset.
 
-    `faults[name]` is a list of what goes wrong, one after the other, with the next requests for that file. Each is
-    "METHOD kind": "HEAD 503", "GET 500", "HEAD 429", "GET drop" (the connection ends halfway), "GET reset" (broken off
-    halfway), "GET stall" (halfway, then silence), "GET truncate" (half of the file, as if it were all), "GET wrong"
-    (other bytes of the right number). `requests` is what was asked for: (method, name, Range header). With `cdn` the hub
-    answers as the real one does for large files: it redirects to another host and offers Xet.
+    `faults[name]` lists the faults of the next requests for that file, in order. Each is "METHOD kind": "HEAD 503",
+    "GET 500", "HEAD 429", "GET drop" (the connection ends before the end of the file), "GET reset" (it is reset there),
+    "GET stall" (it goes silent there), "GET truncate" (half of the file, as if it were all), "GET wrong" (wrong bytes).
+    `requests` records the requests: (method, name, Range header). With `cdn` the hub answers as the real one does for
+    large files: it redirects to another host and offers Xet.
     """
 
     def __init__(self, repo: str, files: dict[str, bytes]) -> None:
@@ -102,7 +102,7 @@ class HubServer:
         handler.wfile.flush()
         if fault == "stall":
             self.stopping.wait(30)
-        if fault == "reset":  # with nothing left to linger for, closing sends a reset
+        if fault == "reset":  # with a linger time of 0, closing sends a reset
             handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             handler.connection.close()
         handler.close_connection = True
@@ -128,7 +128,7 @@ class HubServer:
 
 
 class UploadServer:
-    """A hub of models on localhost that takes uploads: `files` is what was committed, by repository and name.
+    """A hub of models on localhost that takes uploads. `files` holds the committed files, by repository and name.
 
     With `status` it answers every request with that status instead.
     """

@@ -1,11 +1,11 @@
-"""Kill training runs with SIGKILL at random moments, resume them, and compare with a run that nothing disturbed.
+"""Kill training runs with SIGKILL at random moments, resume them, and compare them with an undisturbed run.
 
     python tests/kill_test.py --kills 20 --variant mvr2 --ranks 2
 
-Half of the kills come after a random time, the others inside something that is chosen at random: a step, the gap
-between two passes, a validation, a line of metrics.jsonl (half of it written), a checkpoint's files, its renaming, the removal
-of an old one. Each time all ranks die, and `--resume auto` goes on. When the run is done, its weights must be those of the
-undisturbed run bit for bit, and metrics.jsonl the same line for line, seconds aside; if kills are left, another run starts.
+Half of the kills come after a random time, the others at a random place in the code: a step, the gap between two passes, a
+validation, a half-written line of metrics.jsonl, a checkpoint's files, its renaming, the removal of an old one. All ranks die
+each time, and `--resume auto` continues. The weights of the finished run must equal the undisturbed run's bit for bit, and the
+lines of metrics.jsonl too, except for the seconds. If kills are left, another run starts.
 """
 
 import argparse
@@ -37,7 +37,7 @@ VARIANTS = {
 }
 TWO_PASSES = ("mvr1", "mvr2", "mvr3", "previous_batch")
 OPTIONS = "--steps 24 --val-every 5 --checkpoint-every 3 --val-tokens 2048"
-# Where a kill comes: (module, attribute); the process dies as the call begins.
+# The places of kills: (module, attribute). The process dies when the call begins.
 PLACES = {
     "between the passes": ("optim.mvr", "_TwoPasses._fold_old"),
     "in the fold": ("optim.base", "LayerwiseOptimizer._fold_gradients"),
@@ -54,7 +54,7 @@ PLACES = {
 
 
 def die_in(place: str, call: int) -> None:
-    """Make this process kill itself in the given call of a place."""
+    """Make this process kill itself in call number `call` of a place."""
     module, _, path = PLACES[place][0], None, PLACES[place][1]
     owner: Any = __import__(module, fromlist=["_"])
     *outer, name = path.split(".")
@@ -79,7 +79,7 @@ def die_in(place: str, call: int) -> None:
 def kill_runs(
     trainer: Trainer, variant: str, kills: int, ranks: int, seed: int, say: Callable[[str], None] = print
 ) -> tuple[int, int, Counter[str]]:
-    """(kills survived, kills made, kills by place)."""
+    """Kill and resume runs of a variant. Returns (kills survived, kills made, kills by place)."""
     options, random_ = f"{VARIANTS[variant]} {OPTIONS}", random.Random(f"{seed}-{variant}-{ranks}")
     started = time.monotonic()
     expected = trainer.run(f"{variant}-{ranks}-undisturbed", options, ranks=ranks).ok()
@@ -109,9 +109,9 @@ def kill_runs(
         try:
             done.same_as(expected)
             survived += in_this_run
-            say(f"{name}: {in_this_run} kills, the same run")
+            say(f"{name}: {in_this_run} kills, no difference")
         except AssertionError as error:
-            say(f"{name}: {in_this_run} kills, and it differs: {str(error)[:300]}")
+            say(f"{name}: {in_this_run} kills, but the run differs: {str(error)[:300]}")
     return survived, made, where
 
 

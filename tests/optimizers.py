@@ -1,4 +1,4 @@
-"""What the tests of the optimizers share: one table of variants, one small model, closures and comparisons."""
+"""Shared by the tests of the optimizers: a table of variants, a small model, closures and comparisons."""
 
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from optim import Gluon, GluonMVR1, GluonMVR2, GluonMVR3, MuonMVR, PreviousBatchMVR, SingleBatchMVR
 
-# Three different numbers, none the complement of another, so that one in another's place changes the weights.
+# Three different numbers, none the complement of another, so that mixing them up changes the weights.
 BETA, GAMMA, Q = 0.8, 0.3, 0.4
 
 CLASSES = {
@@ -96,7 +96,7 @@ def closure_of(net: nn.Module, k: int) -> Callable[[], Tensor]:
 
 
 class Script:
-    """A closure whose n-th call leaves the gradients of the n-th row, one for each parameter; None where there is none."""
+    """A closure whose n-th call leaves the gradients of the n-th row: one per parameter, or None."""
 
     def __init__(self, params: Iterable[Tensor], *rows: list[Tensor | None]) -> None:
         self.params, self.rows, self.calls = list(params), list(rows), 0
@@ -136,7 +136,7 @@ def same_path(a: list[list[Tensor]], b: list[list[Tensor]]) -> bool:
 
 
 def distance(a: Iterable[Tensor], b: Iterable[Tensor]) -> float:
-    """The largest relative distance of two tensors of the same place."""
+    """The largest relative distance between corresponding tensors."""
     return max(float((x - y).detach().norm() / y.detach().norm()) for x, y in zip(a, b, strict=True))
 
 
@@ -161,7 +161,7 @@ def rms_move(m: Tensor, lr: float) -> Tensor:
     return -lr * m / m.square().mean().sqrt()
 
 
-# ---- MuonMVR, whose loop is its caller's ------------------------------------------------------------------------------------
+# ---- MuonMVR, whose caller writes the loop ----------------------------------------------------------------------------------
 
 MUON_OPTIONS: dict[str, Any] = {
     "lr": 0.05, "momentum": 0.9, "gamma": 0.3, "weight_decay": 0.1, "adamw_betas": (0.8, 0.95), "eps": 1e-6,
@@ -192,7 +192,7 @@ def make_muon(net, **options):
 
 
 def standard_loop(net, optimizer, data, in_place=False):
-    """Its README's loop 1 (MVR-3) and, with is_approx=True, 4 (MVR-1): the previous batch first, at the current weights."""
+    """Loop 1 of its README (MVR-3) or, with is_approx=True, loop 4 (MVR-1): first the previous batch at the current weights."""
     path, previous = [], None
     for batch in data:
         if previous is not None:

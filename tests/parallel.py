@@ -1,4 +1,4 @@
-"""What the tests on several ranks share: a small model, every optimizer, and how a step is taken under DDP and FSDP2."""
+"""Shared by the tests on several ranks: a small model, every optimizer, and a step under DDP and FSDP2."""
 
 import contextlib
 import functools
@@ -31,7 +31,7 @@ MUON = {
 VARIANTS = LAYERWISE | MUON
 BUFFERS = ("momentum_buffer", "estimate", "exp_avg_sq", "last_grad")
 STEPS = 4
-ROWS = 24  # of a batch: every number of ranks up to 4, and two micro-batches on each, divide it
+ROWS = 24  # of a batch; divisible among up to 4 ranks with two micro-batches each
 WIDE = 20_000  # 8 × 20,000 in float64 is 1.22 MiB: more than DDP's first bucket
 
 
@@ -54,7 +54,7 @@ def started(world: int) -> Ranks | OneProcess:
 
 @pytest.fixture(scope="module", autouse=True)
 def stopped_at_the_end():
-    """Import it: the ranks of a module end with it."""
+    """A test file that imports this stops its ranks at its end."""
     yield
     for world in (2, 3, 4):
         started(world).stop()
@@ -62,8 +62,8 @@ def stopped_at_the_end():
 
 
 class Net(nn.Module):
-    """Parameters for many norms; shapes that are transposed to each other, that no number of ranks divides, that have three
-    rows; on request parameters beyond DDP's first bucket, and a branch that not every batch uses."""
+    """Parameters for many norms, among them transposed shapes, shapes that no number of ranks divides, and one with three
+    rows. On request also parameters beyond DDP's first bucket, and a branch that not every batch uses."""
 
     def __init__(self, wide: bool = False, branch: bool = False):
         super().__init__()
@@ -123,7 +123,7 @@ def batch(k: int) -> tuple[Tensor, Tensor]:
 
 
 def branching(k: int) -> tuple[Tensor, Tensor]:
-    """Nobody uses the branch in batches 0 and 2, in the others the last rank alone."""
+    """No rank uses the branch in batches 0 and 2; in the others only the last rank does."""
     x, y = batch(k)
     if k not in (0, 2):
         x[-1, 0] = 11.0
@@ -142,9 +142,9 @@ def weights(net: nn.Module) -> list[Tensor]:
 
 
 def closure_of(model: nn.Module, k: int, micro: int = 1, make=batch):
-    """Evaluates this rank's part of batch k as closures of torch do: zero the gradients, backward, return the loss.
+    """A usual closure for this rank's part of batch k: zero the gradients, backward, return the loss.
 
-    Gradients are reduced at the last of the micro-batches.
+    Gradients are reduced at the last micro-batch.
     """
     pieces = list(zip(*(t.chunk(micro) for t in share(make(k))), strict=True))
 
@@ -166,7 +166,7 @@ def closure_of(model: nn.Module, k: int, micro: int = 1, make=batch):
 
 
 def take_step(optimizer, model: nn.Module, k: int, micro: int = 1, make=batch):
-    """One step on batch k; the loss."""
+    """Take one step on batch k. Returns the loss."""
     closure = closure_of(model, k, micro, make)
     if not isinstance(optimizer, MuonMVR):
         return optimizer.step(closure)
@@ -188,7 +188,7 @@ def buffer_bytes(optimizer) -> int:
 
 
 def run_ddp(variant, decay=0.1, micro=1, wide=False, branch=False, make=batch, **ddp):
-    """Train for a few steps; on ranks under DDP. All weights on the way, the buffers' bytes, reductions per step, losses."""
+    """Train for a few steps, on several ranks under DDP. Returns the weights after each step and more."""
     net = Net(wide, branch)
     optimizer = optimizer_of(variant, net, decay)
     model, reductions = net, 0
@@ -219,7 +219,7 @@ def run_ddp(variant, decay=0.1, micro=1, wide=False, branch=False, make=batch, *
 
 
 def sharded_net(mesh_shape: tuple[int, ...] | None = None, wide: bool = False) -> Net:
-    """The net, sharded over the ranks (or (replicas, shards)); the same net where there is one process."""
+    """The net, sharded over the ranks (or over (replicas, shards)); in one process the plain net."""
     net = Net(wide)
     if not dist.is_initialized():
         return net
@@ -231,7 +231,7 @@ def sharded_net(mesh_shape: tuple[int, ...] | None = None, wide: bool = False) -
 
 
 def parallel_net(kind: str) -> tuple[Net, nn.Module]:
-    """The net, and what is called: under DDP, FSDP2, or (one process) the net itself."""
+    """The net and the module to call: under DDP, with FSDP2, or (in one process) the net itself."""
     if kind == "fsdp":
         net = sharded_net()
         return net, net
@@ -246,10 +246,10 @@ def alone(*arguments, **options):
 
 
 def assert_same(answers: list[dict], expected: dict) -> None:
-    """Every rank's weights are the first rank's bit for bit, and the one process's up to rounding."""
+    """Every rank's weights equal the first rank's bit for bit, and those of one process up to rounding."""
     for answer in answers:
         assert len(answer["path"]) == len(expected["path"])
         for step, (mine, first, right) in enumerate(zip(answer["path"], answers[0]["path"], expected["path"], strict=True)):
             for a, b, c in zip(mine, first, right, strict=True):
                 assert torch.equal(a, b), f"the ranks differ after {step} steps"
-                assert (a - c).norm() <= 1e-9 * c.norm(), f"not the one process's weights after {step} steps"
+                assert (a - c).norm() <= 1e-9 * c.norm(), f"not the weights of one process after {step} steps"

@@ -1,4 +1,4 @@
-"""Gloo processes that stay alive between checks, so that a check costs milliseconds and not the start of N interpreters."""
+"""Gloo processes that stay alive between tests, so that a test need not start N interpreters."""
 
 import contextlib
 import faulthandler
@@ -18,9 +18,9 @@ from forked import context
 class Ranks:
     """`world` processes of one process group; `run` calls a function in each of them.
 
-    The functions are module-level, called as function(*arguments), and return what can be pickled. Where a rank fails, dies
-    or says nothing for `timeout` seconds, all of them are killed, `run` raises AssertionError with what each rank had to
-    say, and the next `run` starts new ones.
+    The functions are module-level, called as function(*arguments), and return what can be pickled. If a rank fails, dies
+    or does not answer for `timeout` seconds, all are killed, `run` raises AssertionError with the message of each rank,
+    and the next `run` starts new ones.
     """
 
     def __init__(self, world: int, timeout: float = 30) -> None:
@@ -48,7 +48,7 @@ class Ranks:
         if len(answers) < self.world or not all(ok for ok, _ in answers.values()):
             self.stop()
             said = {
-                rank: answers.get(rank, (False, "no answer: it waits for another rank, or runs on"))
+                rank: answers.get(rank, (False, "no answer: it waits for another rank, or is still running"))
                 for rank in range(self.world)
             }
             raise AssertionError("\n".join(f"rank {rank}: {text}" for rank, (ok, text) in said.items() if not ok))

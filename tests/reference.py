@@ -1,4 +1,4 @@
-"""The formulas as they are printed: float64, the SVD, a copy of the previous weights, one parameter at a time."""
+"""The formulas as published: float64, the SVD, a copy of the previous weights, one parameter at a time."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -48,7 +48,7 @@ class Average:
 
 
 class Parameter:
-    """M and d of one parameter, and how much each of them forgets."""
+    """M and d of one parameter, and the weights of their averages."""
 
     def __init__(self, weight: Tensor, bias_correction: bool) -> None:
         self.m, self.d = torch.zeros_like(weight), torch.zeros_like(weight)
@@ -58,8 +58,8 @@ class Parameter:
     def lmo_input(
         self, variant: str, g: Tensor | None, hat: Tensor | None, corrected: bool, beta: float, gamma: float, q: float
     ) -> Tensor | None:
-        """Take this step's gradients; None where the parameter has none, and so does not move."""
-        corrected = corrected and self.started  # else there are no previous weights
+        """Take this step's gradients. Returns None if the parameter has none, and so does not move."""
+        corrected = corrected and self.started  # otherwise there are no previous weights
         if g is None and (hat is None or not corrected):
             return None
         g = torch.zeros_like(self.m) if g is None else g

@@ -1,8 +1,9 @@
-"""Run a script, and fail where a thread of gloo is alive when the interpreter shuts down.
+"""Run a script, and fail if a thread of gloo is alive when the interpreter shuts down.
 
     python tests/shutdown.py SCRIPT ARGUMENTS
 
-Such a thread aborts the process if it frees a tensor then: seldom on idle cores, mostly on busy ones. See `errors.leave`.
+Such a thread aborts the process if it frees a tensor then, which is rare on idle cores and common on busy ones. See
+`common.errors.leave`.
 """
 
 import atexit
@@ -15,7 +16,7 @@ EXIT_CODE = 99
 
 
 def check() -> None:
-    """Called after all other exit handlers: those that a script registers run first."""
+    """Runs after all other exit handlers, because handlers that a script registers later run first."""
     if any("gloo" in (thread / "comm").read_text() for thread in Path("/proc/self/task").glob("*")):
         print("a thread of gloo is alive at the interpreter's shutdown", file=sys.stderr, flush=True)
         os._exit(EXIT_CODE)

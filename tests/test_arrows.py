@@ -1,4 +1,4 @@
-"""Who imports whom: the arrows of this repository run one way, read from the syntax trees of its files."""
+"""The imports between the parts of this repository go one way. Checked in the syntax trees of its files."""
 
 import ast
 import sys
@@ -11,7 +11,7 @@ OURS = {
     "common", "data", "model", "optim", "training", "train_gpt",
     "configs", "scripts", "experiments", "benchmarks", "examples", "tests",
 }  # fmt: skip
-# What each part may import of ours. What is not listed here may import all of it but what `LEAVES` names.
+# The parts that each part may import. A part that is not listed may import all but `LEAVES`.
 MAY = {
     "common": set(),
     "model": set(),
@@ -19,7 +19,7 @@ MAY = {
     "data": {"common"},
     "training": {"common", "data", "model", "optim"},
 }
-# Nobody else imports these.
+# No other part imports these.
 LEAVES = {"configs", "scripts", "experiments", "benchmarks", "examples", "tests"}
 
 
@@ -30,7 +30,7 @@ def modules(part):
 
 
 def imported(path):
-    """The top-level names that a file imports, wherever the import stands in it; relative ones are of its own package."""
+    """The top-level names that a file imports anywhere. Relative imports are left out: they are of its own package."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name.partition(".")[0] for alias in node.names)
@@ -49,7 +49,7 @@ def test_arrows_run_one_way(part):
 
 
 def test_the_optimizers_import_only_torch():
-    """So that the package can be taken and installed under another name: its own modules are imported relatively."""
+    """The package is installed under another name, so it also imports its own modules relatively."""
     for path in modules("optim"):
         foreign = set(imported(path)) - set(sys.stdlib_module_names) - {"torch"}
         assert not foreign, f"{path.relative_to(ROOT)} imports {sorted(foreign)}"

@@ -1,7 +1,7 @@
-"""What the trainer refuses: one line on stderr, exit code 2, no traceback, and nothing on disk harmed.
+"""Bad input to the trainer gives one line on stderr, exit code 2 and no traceback, and changes nothing on disk.
 
-Wrong options and config files are in test_config.py. Here are shards, checkpoints, folders, the environment and the ranks: most
-in this process, some in forked ones (where the environment makes a rank of it), and some as the real commands.
+test_config.py tests options and config files. Here are shards, checkpoints, folders, the environment and the ranks. Most tests
+run in this process, those that need ranks in forked ones, and some as the real commands.
 """
 
 import hashlib
@@ -35,10 +35,10 @@ def files_below(*folders: Path) -> dict[Path, bytes]:
 
 @pytest.fixture
 def refused(trainer, data, tmp_path, monkeypatch, capfd):  # noqa: F811
-    """Run in this process, in a folder of its own with a copy of the data: the line that it is refused with."""
+    """A function that runs the trainer in this process, in a new folder with a copy of the data. Returns its error line."""
     shutil.copytree(data, tmp_path / "data")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))  # a config's folder joins it where an optimizer may lie there
+    monkeypatch.setattr(sys, "path", list(sys.path))  # a config's folder may be added to it
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
 
     def run(options: str) -> str:
@@ -171,13 +171,13 @@ def test_a_token_outside_the_vocabulary_of_the_validation(refused):
 
 @pytest.fixture(scope="module")
 def saved(trainer):  # noqa: F811
-    """A run of MVR-2 with checkpoints of the steps 2 and 4, made in this process."""
+    """A run of MVR-2 with checkpoints at steps 2 and 4, made in this process."""
     train_gpt.train(load_config(trainer.words("saved", "--optimizer mvr2 --steps 4 --checkpoint-every 2")))
     return trainer.results / "saved"
 
 
 def resealed(name: str, content: bytes) -> Callable[[Path], None]:
-    """Replace a file, with a checksum that fits."""
+    """Replace a file and its checksum."""
 
     def replace(checkpoint: Path) -> None:
         (checkpoint / name).write_bytes(content)
@@ -234,7 +234,7 @@ BAD_CHECKPOINTS = {
     "past the steps": (untouched, f"{MVR2} --steps 3", "is at step 4, past --steps 3"),
     "an unknown option": (state(lambda s: s["config"].update(momentun=1)), MVR2, "unknown option 'momentun'"),
     "a wrong option": (state(lambda s: s["config"].update(lr="fast")), MVR2, "lr must be a finite number"),
-    "a config that is none": (state(lambda s: s.update(config=[])), MVR2, "must map option names to values"),
+    "a config of another type": (state(lambda s: s.update(config=[])), MVR2, "must map option names to values"),
     "the weights are a pickle": (resealed("model.safetensors", pickle.dumps(Malice())), MVR2, "belongs to another model"),
     "the momentum is a pickle": (resealed("optimizer-00000.safetensors", pickle.dumps(Malice())), MVR2, "another optimizer"),
     "weights of another model": (
@@ -274,7 +274,7 @@ def test_resume_from_a_bad_path(refused, saved, tmp_path):
 
 
 def test_a_run_of_the_older_version(refused, saved, tmp_path):
-    """Its config has options that are gone, its checkpoints are of other algorithms."""
+    """Its config has options that no longer exist, and its checkpoints belong to other algorithms."""
     run = tmp_path / "results" / "run"
     shutil.copytree(saved, run)
     for checkpoint in (run / "checkpoints").iterdir():
@@ -389,7 +389,7 @@ BAD_ENVIRONMENTS = {
 
 @pytest.mark.slow
 def test_bad_environments(trainer):  # noqa: F811
-    """All at once, each in a process of its own, since a rank ends its process."""
+    """All at once, each in its own process, because a rank ends its process."""
     with socket.socket() as taken:
         taken.bind(("", 0))
         taken.listen()
@@ -405,7 +405,7 @@ def test_bad_environments(trainer):  # noqa: F811
 
 
 def own_lines(done: Done) -> Done:
-    """Without what torch's C++ logs of a network that does not work."""
+    """Without the lines that torch's C++ logs about a network that does not work."""
     done.err = "".join(line + "\n" for line in done.err.splitlines() if not line.startswith(("[W", "[E", "[rank")))
     return done
 
@@ -485,7 +485,7 @@ def test_options_are_checked_before_torch_is_imported():
 
 @pytest.mark.slow
 def test_torchrun_with_two_ranks(tmp_path, data):  # noqa: F811
-    """Our line comes once; what torchrun itself says of ranks that fail is its own."""
+    """Our error line comes once, in addition to what torchrun itself prints about failed ranks."""
     tiny = [word for pair in TINY.items() if pair[0] not in ("--batch-size",) for word in pair]
     cases = {
         "unknown option '--lrr'": ["--lrr", "1"],

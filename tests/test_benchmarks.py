@@ -1,4 +1,4 @@
-"""The benchmarks run end to end (what they measure is not tested here), and the model of many GPUs counts right."""
+"""The benchmarks run end to end (their numbers are not tested), and the scaling model counts bytes correctly."""
 
 import itertools
 import json
@@ -61,7 +61,7 @@ def test_the_scaling_model_agrees_with_the_fake_group(world, bucket, monkeypatch
             {"params": [net.embedding.weight], "norm": "sign"},
         ]
         optimizer = Gluon(groups, lr=0.0)
-        for _ in range(2):  # in the first step the ranks also compare what they hold
+        for _ in range(2):  # the first step also compares the ranks' parameters
             for p in net.parameters():
                 p.grad = torch.ones_like(p)
             with Sent() as watch:

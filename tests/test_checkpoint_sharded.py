@@ -46,7 +46,7 @@ def optimizer_of(variant: str, model: GPT) -> torch.optim.Optimizer:
 
 
 def steps(folder: str, variant: str, sharded: bool, first: int, last: int, load: bool) -> list[torch.Tensor]:
-    """Steps first … last-1 of a small run, from a checkpoint or from the start, and then a checkpoint; the weights."""
+    """Take steps first … last-1 of a small run, from a checkpoint or from the start, and save. Returns the weights."""
     alone = not dist.is_initialized()
     store = None if alone else dist.distributed_c10d._get_default_store()
     ranks = Ranks(
@@ -94,7 +94,7 @@ def processes():
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_one_process_then_ddp_then_fsdp_then_one_process(tmp_path, processes, variant):
-    """The ranks hold replicas with the same gradients, which is what DDP leaves, and then shards."""
+    """First the ranks hold replicas with equal gradients, as under DDP, then shards."""
     uninterrupted = steps(str(tmp_path / "all"), variant, False, 0, 8, load=False)
     run = str(tmp_path / "run")
     steps(run, variant, False, 0, 2, load=False)

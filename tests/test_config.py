@@ -1,4 +1,4 @@
-"""The options: what loads, what is refused and in which words."""
+"""The options: what loads, and what is refused with which message."""
 
 import ast
 import dataclasses
@@ -23,12 +23,12 @@ EXPECTED.add("mini_gluon")
 
 
 def changed(config: Config) -> dict:
-    """What differs from the defaults."""
+    """The options that differ from the defaults."""
     return {name: value for name, value in config.to_dict().items() if value != OPTIONS[name].default}
 
 
 def refusal(action, *arguments) -> str:
-    """The message of the UserError that must come, held to one line."""
+    """The message of the UserError that the action must raise; it must be one line."""
     with pytest.raises(UserError) as caught:
         action(*arguments)
     message = str(caught.value)
@@ -56,7 +56,7 @@ def test_configs_are_complete():
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_config_sets_only_what_differs_and_round_trips(path, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # whatever the folder
+    monkeypatch.chdir(tmp_path)  # the working directory does not matter
     config = load_config(["--config", str(path)])
     assert config.run_name == path.stem
     assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
@@ -156,7 +156,7 @@ lr = double(_base) * math.sqrt(4)
 
 
 def test_options_of_an_optimizer_are_plain_values(config_file):
-    """A tuple is the list that JSON keeps of it, so that a saved config is equal to the one that was loaded."""
+    """A tuple becomes a list, as in JSON, so that a saved config equals the one that was loaded."""
     config = load_config(["--config", config_file("optimizer_options = {'betas': (0.9, 0.95), 'fused': None}")])
     assert config.optimizer_options == {"betas": [0.9, 0.95], "fused": None}
     assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
@@ -390,7 +390,7 @@ def test_the_constructor_checks_too():
     assert "lr" in refusal(lambda: dataclasses.replace(Config(), lr=-1))
 
 
-# Fuzz: nothing but UserError, whatever comes
+# Fuzz: only UserError may be raised
 
 TEXTS = st.text(max_size=30)
 VALUES = st.one_of(

@@ -1,4 +1,4 @@
-"""experiments/corpus.py on packages made up here: extraction, de-duplication, split, records, refusals. Nothing is fetched."""
+"""experiments/corpus.py on made-up packages: extraction, de-duplication, split, records, errors. Nothing is fetched."""
 
 import gzip
 import io
@@ -21,7 +21,7 @@ WORDS = ("river", "stone", "letter", "morning", "captain", "garden", "silver", "
 
 
 def sentence(number: int) -> str:
-    """A sentence in English of its own for every number."""
+    """A different English sentence for every number."""
     a, b, c, d = (WORDS[number // len(WORDS) ** i % len(WORDS)] for i in range(4))
     return f"The {a} of the {b} was never as quiet as the {c} beyond the old {d}, and nobody there knew why it should be so."
 
@@ -202,7 +202,7 @@ def test_deduplicates_paragraphs_and_documents():
     seen, found = set(), record()
     documents = [
         document(sentence(1), sentence(2), sentence(3)),
-        document(sentence(1).upper(), sentence(2), sentence(4)),  # two thirds are there
+        document(sentence(1).upper(), sentence(2), sentence(4)),  # two thirds are known
         document(sentence(3), sentence(5), sentence(6)),  # one third is
         document("A few words which are here."),  # too short
         document("x = 1;"),
@@ -221,12 +221,12 @@ def test_a_heading_goes_with_its_paragraph():
     ]
 
 
-# ---- the whole
+# ---- the command
 
 
 @pytest.fixture
 def made_up(tmp_path, monkeypatch):
-    """Two sources whose packages lie in the folder of downloads already, and one that cannot be had."""
+    """Two sources whose packages are already downloaded, and one that cannot be fetched."""
 
     def wheel(name: str, numbers: range) -> None:
         folder = tmp_path / "downloads" / name

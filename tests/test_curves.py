@@ -1,4 +1,4 @@
-"""metrics.jsonl as it is read back: torn and repeated lines, what is refused, names."""
+"""Reading metrics.jsonl: torn and repeated lines, malformed lines, names of runs."""
 
 import json
 import math

@@ -1,6 +1,6 @@
-"""The download from a hub on localhost, which misbehaves in each way: a right file or none, never anything between.
+"""The download from a hub on localhost that fails in many ways: it leaves a correct file or none.
 
-Each download is a process of its own, as a user's is: the hub's library reads its settings when it is imported.
+Each download runs in its own process, as a user's does, because the hub's library reads its settings when it is imported.
 """
 
 import errno
@@ -46,7 +46,7 @@ def shard_bytes(path, count, seed, high=50257):
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     scratch = tmp_path_factory.mktemp("made") / "x.bin"
-    # The first is larger than the 10 MiB that the hub's library writes at once: what is resumed is seen in the requests.
+    # The first is larger than the 10 MiB that the hub's library writes at once, so that a resume shows in the requests.
     sizes = {TRAIN: 6_500_000, VAL: 1000, SECOND: 2000}
     return {name: shard_bytes(scratch, count, seed) for seed, (name, count) in enumerate(sizes.items())}
 
@@ -88,7 +88,7 @@ def run(hub, directory, shards=1, **variables):
 
 
 def assert_right(directory, files, names=(VAL, TRAIN)):
-    """The files are the hub's, they are in the manifest, and nothing else was left behind, here or in the cache."""
+    """The files equal the hub's and are in the manifest. Nothing else is left, here or in the cache."""
     assert [path.name for path in list_shards(directory)] == sorted(names)
     for name in names:
         assert (directory / name).read_bytes() == files[name]
@@ -110,7 +110,7 @@ def test_a_good_hub_and_a_second_call(hub, files, tmp_path):
     assert (manifest.encoding, manifest.vocab_size) == ("gpt2", 50257) and fineweb.REPO in manifest.source
     assert check_split(directory, "train")[1].files[SECOND].tokens == 2000
 
-    # A second call asks the hub for nothing; a damaged, a missing and an unrecorded file are mended, no other.
+    # A second call asks the hub for nothing. Only damaged, missing and unrecorded files are repaired.
     hub.requests.clear()
     code, out, err = run(hub, directory, 2)
     assert code == 0 and out.count("already there") == 3 and err == ""
@@ -148,7 +148,7 @@ def test_a_temporary_fault_ends_in_a_correct_file(hub, files, tmp_path, fault):
     code, _, err = run(hub, tmp_path / "d", **waits)
     assert code == 0, err
     assert said in err
-    assert hub.faults[TRAIN] == [], "the fault was never met"
+    assert hub.faults[TRAIN] == [], "a fault was not triggered"
     assert resumed in [seen for method, name, seen in hub.requests if (method, name) == ("GET", TRAIN)]
     assert_right(tmp_path / "d", files)
 
@@ -179,7 +179,7 @@ def test_a_permanent_fault_leaves_no_file(hub, files, tmp_path, sha256_etag):
     assert list_shards(tmp_path / "d") == [tmp_path / "d" / TRAIN, tmp_path / "d" / VAL]
     hub.faults.clear()
     assert run(hub, tmp_path / "d", 2)[0] == 0
-    assert hub.count("GET", TRAIN) == 1, "what was whole was fetched again"
+    assert hub.count("GET", TRAIN) == 1, "a complete file was fetched again"
     assert_right(tmp_path / "d", files, (VAL, TRAIN, SECOND))
 
 
@@ -204,7 +204,7 @@ def test_permanent_faults_are_reported_at_once(hub, files, tmp_path):
 
 @pytest.mark.slow
 def test_wrong_content_without_a_sha256_from_the_hub(hub, files, tmp_path):
-    """Then the header, the size and the token range are all there is to go by."""
+    """Only the header, the size and the token range can be checked then."""
     hub.sha256_etag = False
     hub.files[TRAIN] = shard_bytes(tmp_path / "x.bin", 1000, 3, high=65536)
     code, _, err = run(hub, tmp_path / "d")
@@ -240,7 +240,7 @@ def test_a_killed_download_leaves_no_file_and_can_be_repeated(hub, files, tmp_pa
 
 
 def test_a_full_disk_gives_one_clear_line(monkeypatch, tmp_path, files, hub):
-    """Noticed before a file is fetched, or while it is written; either way what was whole stays."""
+    """Before a file is fetched, or while it is written. Complete files stay."""
     import huggingface_hub
 
     metadata = namedtuple("Metadata", "commit_hash etag size")("c" * 40, "e" * 64, 10_000)

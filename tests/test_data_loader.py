@@ -1,4 +1,4 @@
-"""The stream across shards and the batches that every world size cuts from it."""
+"""The stream across shards, and the batches that each world size reads from it."""
 
 import threading
 import time

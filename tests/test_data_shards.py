@@ -53,7 +53,7 @@ def make_dir(path, counts=(300, 200, 100), vocab_size=50257, with_manifest=True)
 def test_the_bytes_of_a_shard(tmp_path):
     info = write_shard(tmp_path / "a.bin", np.array([1, 50256, 65535]))
     raw = (tmp_path / "a.bin").read_bytes()
-    # Written out by hand: the format is a contract with files that others made.
+    # Written out by hand, because files made elsewhere have this format.
     assert raw[:12] == bytes.fromhex("88d83401 01000000 03000000")
     assert raw[12:1024] == bytes(1012)
     assert raw[1024:] == bytes.fromhex("0100 50c4 ffff")
@@ -149,17 +149,17 @@ def test_each_fault_has_its_own_message(tmp_path):
             open_shard(path)
         text = str(caught.value)
         assert message in text and str(path) in text and "\n" not in text
-        assert ";" in text, f"says not what to do: {text}"
+        assert ";" in text, f"does not say what to do: {text}"
     with pytest.raises(UserError, match="is not a file"):
         check_shard(tmp_path)
     path.unlink()
-    os.mkfifo(path)  # opening it would wait for ever
+    os.mkfifo(path)  # opening it would block forever
     with pytest.raises(UserError, match="is not a file"):
         check_shard(path)
 
 
 def read_or_refuse(path, raw):
-    """The tokens, or None for a `UserError`; anything else is a failure. Tokens are right iff the definition holds."""
+    """Opening the file must succeed with the right tokens if the format's definition holds, else raise `UserError`."""
     path.write_bytes(raw)
     numbers = np.frombuffer(raw[:HEADER_BYTES], dtype="<i4") if len(raw) >= HEADER_BYTES else [0, 0, 0]
     valid = numbers[0] == 20240520 and numbers[1] == 1 and numbers[2] > 0 and len(raw) == 1024 + 2 * int(numbers[2])
@@ -191,7 +191,7 @@ def test_fuzz_flipped_and_cut_shards(tmp_path_factory, count, bits, cut, claimed
     header[:3] = 20240520, 1, count
     raw = bytearray(header.tobytes() + tokens_of(count).tobytes())
     for bit in bits:
-        # Half of the flips hit the twelve bytes that mean something.
+        # Half of the flips hit the twelve bytes of the header that are used.
         at = bit // 8 if bit < 96 or bit % 2 else bit // 8 % 12
         raw[at % len(raw)] ^= 1 << bit % 8
     if claimed is not None:
@@ -257,7 +257,7 @@ def test_training_refuses_shards_that_disagree_with_the_manifest(tmp_path):
 
     write_shard(directory / "x_train_000002.bin", tokens_of(150))
     refused("x_train_000002.bin: 150 tokens, but manifest.json says 200")
-    check_split(directory, "val")  # the other split has nothing to do with it
+    check_split(directory, "val")  # the other split is not affected
     (directory / "x_train_000002.bin").unlink()
     refused("x_train_000002.bin: missing")
     (directory / "x_train_000003.bin").unlink()

@@ -1,4 +1,4 @@
-"""Text into shards: the encodings, the files that are read and refused, the embedded text."""
+"""Text into shards: the encodings, good and bad files, the embedded text."""
 
 import json
 import subprocess
@@ -24,7 +24,7 @@ def split_tokens(directory, split):
 
 
 def documents_of(directory, split, end_of_text):
-    """The documents of a split, as the bytes or tokens after each end of text."""
+    """The documents of a split: the bytes or tokens after each end-of-text token."""
     tokens = split_tokens(directory, split)
     assert tokens[0] == end_of_text
     starts = np.flatnonzero(tokens == end_of_text)
@@ -51,7 +51,7 @@ def test_facts_of_gpt2():
     assert gpt2.n_vocab == 50257 and gpt2.eot_token == 50256
     assert gpt2.encode_ordinary("hello world") == [31373, 995]
     assert gpt2.encode_ordinary("Hello, I'm a language model,") == [15496, 11, 314, 1101, 257, 3303, 2746, 11]
-    assert gpt2.encode_ordinary("<|endoftext|>") == [27, 91, 437, 1659, 5239, 91, 29]  # a document's text, no command
+    assert gpt2.encode_ordinary("<|endoftext|>") == [27, 91, 437, 1659, 5239, 91, 29]  # plain text, not a special token
     text = "  Tabs\tand\n\nlines,  spaces   \n naïve 東京 🙂 12345 don't  "
     assert gpt2.decode(gpt2.encode_ordinary(text)) == text
 
@@ -131,7 +131,7 @@ def test_the_split_depends_only_on_the_seed_and_the_text(tmp_path):
 
     one = val("a", texts, 1)
     assert val("b", texts[::-1], 1) == one != val("c", texts, 2)
-    # Copies of a document never stand on both sides.
+    # Copies of a document are never in both splits.
     val("d", texts * 3, 1)
     train = {bytes(tokens).decode() for tokens in documents_of(tmp_path / "d", "train", 256)}
     assert train == set(texts) - one
@@ -177,7 +177,7 @@ def test_txt_jsonl_parquet_and_directories(tmp_path, capsys):
     import pyarrow.parquet
 
     (tmp_path / "in" / "deeper").mkdir(parents=True)
-    (tmp_path / "in" / "a.txt").write_bytes(b"\xef\xbb\xbftxt one\r\ntwo\n")  # a byte order mark is no text
+    (tmp_path / "in" / "a.txt").write_bytes(b"\xef\xbb\xbftxt one\r\ntwo\n")  # the byte order mark is not text
     (tmp_path / "in" / "deeper" / "b.txt").write_text("txt deeper")
     (tmp_path / "in" / "ignored.md").write_text("not this")
     lines = [json.dumps({"text": f"jsonl {number} é"}, ensure_ascii=number % 2 == 0) for number in range(40)]
@@ -320,7 +320,7 @@ def test_the_embedded_text(tmp_path, speeches, monkeypatch):
     assert len(found) == len(years)
     assert bytes(found[0]) == speeches[embedded.VAL_FIRST].read_bytes()
     assert len(documents_of(directory, "train", 256)) + len(found) == len(speeches)
-    # The second call leaves everything as it is, and does not need the package any more.
+    # A second call changes nothing, and does not need the package.
     monkeypatch.setattr(embedded, "find_spec", lambda _: None)
     times = {path: path.stat().st_mtime_ns for path in directory.iterdir()}
     embedded.prepare(directory)

@@ -1,4 +1,4 @@
-"""The diagnostics against plain computation on quadratics with known answers, and that measuring changes nothing."""
+"""The diagnostics against plain computation on quadratics with known answers; and measuring changes nothing."""
 
 import json
 import math
@@ -62,7 +62,7 @@ def test_best_gamma_is_one_without_noise_and_small_with_much():
 
 
 def test_best_gamma_minimises_the_expected_error():
-    """Over many draws of d = Δ + noise, E‖Δ - γ d‖² is least at the mean γ*'s ratio."""
+    """Over many draws of d = Δ + noise, the ratio of γ*'s means is the γ that minimises E‖Δ - γ d‖²."""
     (delta,) = draws(1, 4, 4)
     pairs = [(delta + a, delta + b) for a, b in zip(draws(4000, 4, 4, seed=1), draws(4000, 4, 4, seed=2), strict=True)]
     top = sum(diag.inner([a], [b]) for a, b in pairs)
@@ -96,7 +96,7 @@ def test_a_zero_denominator_gives_nan():
 
 @pytest.mark.parametrize("variant", CLASSES)
 def test_momenta_are_the_recursions(variant):
-    """M_k of each variant by its definition with snapshots of the weights, as `run` takes them."""
+    """M_k of each variant against its definition, with snapshots of the weights as in `run`."""
     kind, options = CLASSES[variant]
     q, gamma, beta = options.get("q", 1.0), options.get("gamma", 0.0), 0.7
     model = Quadratic(draws(1, 3, 5)[0])
@@ -136,7 +136,7 @@ def test_the_differences_match_their_names():
     g, (x,), (y,) = grad(new, now[0]), now, then
     for kind, hat in {"same": grad(new, y), "single_batch": grad(old, y), "previous_batch": grad(old, x)}.items():
         assert record["relative_difference"][kind] == pytest.approx(((g - hat).norm() / g.norm()).item())
-    # A quadratic's change is its first order and half of ⟨Δ, H Δ⟩.
+    # A quadratic changes by its first-order term and ⟨Δ, H Δ⟩/2.
     move = x - y
     assert record["curvature"] == pytest.approx((move * (reference[0].mean(0) @ move)).sum().item() / 2)
     assert record["first_order"] == pytest.approx((grad(reference, y) * move).sum().item())

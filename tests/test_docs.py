@@ -1,4 +1,4 @@
-"""The documentation: what it shows runs, what it names exists, and what was removed stands nowhere."""
+"""The documentation: its code runs, the files and commands it names exist, and removed names are gone."""
 
 import re
 import subprocess
@@ -77,7 +77,7 @@ def test_commands_of_the_readme_name_what_exists():
 
 
 def prose(page):
-    """The lines of a page that are not of a table or a block of code and hold no link."""
+    """The lines of a page outside tables and code blocks, and without links."""
     fenced = False
     for number, line in enumerate((ROOT / page).read_text().splitlines(), 1):
         if line.lstrip().startswith("```"):
@@ -103,7 +103,7 @@ def test_links_point_to_files(page):
 def test_removed_names_appear_nowhere():
     found = []
     for name in TRACKED:
-        # Tests may try what was removed; the history may name it.
+        # Tests and the log may use removed names.
         if name.startswith("tests/") or name in ("CHANGELOG.md", "docs/log.md"):
             continue
         if name.endswith((".md", ".py", ".sh", ".toml", ".yaml", ".cff")):

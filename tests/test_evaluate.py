@@ -1,4 +1,4 @@
-"""Loss, perplexity and bits per byte: against sums over single tokens, on shards and text, and what is refused."""
+"""Loss, perplexity and bits per byte: against sums over single tokens, on shards and text, and the errors."""
 
 import json
 import math
@@ -24,14 +24,14 @@ def run(tmp_path):
 
 
 def table(capsys, *words):
-    """The rows of the printed table, by their head."""
+    """The rows of the printed table as dictionaries."""
     main([*map(str, words), "--device", "cpu"])
     head, *lines = capsys.readouterr().out.splitlines()
     return [dict(zip(head.split(), line.split(), strict=True)) for line in lines]
 
 
 def nats(model, tokens):
-    """The losses of the tokens but the first, each with the tokens of its window of 32 before it; one at a time."""
+    """The losses of all tokens but the first, computed one at a time from the earlier tokens of a window of 32."""
     losses = []
     for i in range(1, len(tokens)):
         start = (i - 1) // 32 * 32
@@ -129,7 +129,7 @@ def test_score():
 
 
 def test_the_manifest_says_the_encoding(tmp_path):
-    """A model of bytes whose vocabulary is larger than it need be, as the default vocabulary is."""
+    """A byte model may have a vocabulary that is larger than necessary, such as the default."""
     write_shard(tmp_path / "x_val_000000.bin", np.arange(200))
     run = write_run(tmp_path / "run", vocab_size=50304, data_dir=str(tmp_path))
     assert load_trained(run).encoding == "gpt2"

@@ -72,7 +72,7 @@ def test_pairs_use_common_seeds_and_cancel_common_noise():
 
 
 def line(updates, losses, passes=1, seconds=1.0):
-    """A curve with so many passes and seconds an update."""
+    """A curve with `passes` and `seconds` per update."""
     return Curve(tuple(updates), tuple(passes * u for u in updates), tuple(seconds * u for u in updates), tuple(losses))
 
 
@@ -83,7 +83,7 @@ def test_curves_are_read_on_straight_lines():
     with pytest.raises(ValueError, match="outside"):
         found.at("updates", 21)
     assert line((0, 10), (1.0, math.inf)).at("updates", 0) == 1.0
-    # Of two validations at one price the last counts.
+    # Of two validations at one cost the last counts.
     assert Curve((0, 1, 2), (0, 3, 3), (0, 1, 2), (5.0, 4.0, 3.0)).at("passes", 3) == 3.0
 
 
@@ -113,7 +113,7 @@ def test_gradient_evaluations():
 
 @pytest.mark.parametrize("each", [1, 2])
 def test_gradients_that_the_weights_took(each):
-    """In the middle of a deferred run: those of a run that ends there."""
+    """A validation in the middle of a deferred run counts as many gradients as a run that ends there."""
     assert [to_reach(u, 1 + each * u if u else 0) for u in (0, 1, 2, 50)] == [0, *(1 + each * (u - 1) for u in (1, 2, 50))]
     assert all(to_reach(u, 2 * u + 1) == evaluations("mvr1", u) for u in range(1, 100))
 
@@ -135,16 +135,16 @@ def test_records_become_curves():
 
 
 def test_a_deferred_run_is_placed_by_the_gradients_that_its_weights_took():
-    """Metrics count what was evaluated: 2u+1 in the middle, where step u is half done, and 2K-1 at the end."""
+    """Metrics count evaluations: 2u+1 in the middle, where step u has begun, and 2K-1 at the end."""
     run = record({0: 3.0, 2: 2.0, 4: 1.0}, optimizer="mvr2")
     for point, passes in zip(run["metrics"], (0, 5, 7), strict=True):
         point["passes"] = passes
     assert curve_of(run, steps=4).passes == (0, 3, 7)
     assert curve_of(run, steps=4, speed=(10.0, 1.0)).seconds == (0, 32, 74)
-    run["config"]["steps"] = 8  # it goes on: what was 7 at the end is now 9
+    run["config"]["steps"] = 8  # a run that continues has 9 passes there, not 7
     run["metrics"][-1]["passes"] = 9
     assert curve_of(run, steps=4).passes == (0, 3, 7)
-    # Gluon that goes on has the loss of these weights at the same price, so the difference at equal gradients is 0.
+    # A longer Gluon run has the same losses at the same gradients, so the difference is 0.
     gluon = curve_of(record({0: 3.0, 3: 2.0, 7: 1.0, 9: 0.5}), steps=9)
     assert [gluon.at("passes", p) for p in (0, 3, 7)] == [3.0, 2.0, 1.0]
     assert difference({0: curve_of(run, steps=4)}, {0: gluon}, "passes")[1].mean == 0.0
@@ -164,7 +164,7 @@ def test_sections_of_a_page_are_replaced(tmp_path):
 
 
 def test_a_divergence_is_distinguished_from_a_failure():
-    assert _diverged("train_gpt: step 3: the train_loss of the weights that it left is nan; go on from the last checkpoint")
+    assert _diverged("train_gpt: step 3: the train_loss is nan; continue from the last checkpoint")
     assert _diverged("train_gpt: step 3: the loss is not finite, from blocks.0.mlp on (batch 3: sequences 24 to 31)")
     assert not _diverged("train_gpt: results/x can't be written (No space left on device)")
     assert not _diverged("RuntimeError: nan is inf")
@@ -238,7 +238,7 @@ def test_a_comparison_of_records(tmp_path):
 
 
 def test_the_double_average_is_mvr2_if_the_weights_stay():
-    """With lr 0 the correction vanishes, ĝ_k = g_k, so MVR-2 and its control hold the same numbers."""
+    """With lr 0 the correction vanishes (ĝ_k = g_k), so MVR-2 and its control have the same buffers."""
     found = []
     for kind in (GluonMVR2, DoubleAverage):
         p = torch.eye(3, dtype=torch.float64).requires_grad_()
@@ -277,7 +277,7 @@ def test_every_method_draws_the_same():
 
 
 def test_halving(tmp_path, monkeypatch):
-    """Each rung keeps the better half; the loss is the distance of β from 0.5, and less with more updates."""
+    """Each rung keeps the better half. The loss is the distance of β from 0.5, plus a term that falls with the updates."""
     monkeypatch.setattr(sweep, "loss_at", lambda job, steps: abs(job.options["momentum"] - 0.5) + 1 / steps)
     gluon = sweep.METHODS["gluon"]
     rungs = sweep.rungs_of(figures.Folders(tmp_path, tmp_path), "gluon", gluon, 40)
@@ -374,7 +374,7 @@ def data(tmp_path):
 
 @pytest.mark.slow
 def test_a_tiny_figure_end_to_end(tmp_path, data, capsys):
-    """Two updates of a small model, twice as many of Gluon; then the same again without the runs, from the records."""
+    """Two updates of a small model, and four of Gluon; then the same again from the records, without the runs."""
     results = tmp_path / "results"
     results.mkdir()
     (results / "README.md").write_text("<!-- mini figure 3 -->\n<!-- end of mini figure 3 -->\n")
@@ -412,15 +412,15 @@ def tiny(tmp_path, data):
 
 
 def test_the_sweep_to_its_leaderboard(tmp_path, monkeypatch, capsys):
-    """Runs whose loss is known: the best setting is found, evaluated over seeds and ranked, and best.json says so."""
+    """Runs with known losses: the best setting is found, written to best.json, evaluated over seeds and ranked."""
     started = []
 
     def passes(update, end):
-        """Of MVR-2."""
+        """The gradients of MVR-2 at an update."""
         return 2 * update + (1 if 0 < update < end else -1 if update else 0)
 
     def run_all(jobs, at_once):
-        """Every run loses 1/update, and its distance from lr 5e-4; MVR-2 is 0.1 better, and seeds differ."""
+        """The loss is 1/update plus the distance of lr from 5e-4. MVR-2 is 0.1 better, and seeds differ."""
         for job in jobs:
             if job.finished():
                 continue
@@ -475,7 +475,7 @@ def test_a_users_class_from_tuning_to_the_leaderboard(tmp_path, tiny, monkeypatc
     with pytest.raises(UserError, match=r"was run with lr = 0.001, not 0.002"):
         sweep.main([*words, "--steps", "4", "--lr", "2e-3", *options[2:]])
     capsys.readouterr()
-    sweep.main([*words, "--steps", "4"])  # told no options, it takes those that were tuned
+    sweep.main([*words, "--steps", "4"])  # without options it uses those that were tuned
     assert "2 done, 0 to run" in capsys.readouterr().out
     sweep.main([*words, "--evaluate", "--seeds", "1", "--steps", "4"])
     assert "| HiddenMVR1, weight_decay 0.5 |" in capsys.readouterr().out
@@ -497,7 +497,7 @@ def test_calibration_times_every_arm(tiny):
 
 
 def test_the_leaderboard_agrees_with_the_records():
-    """The pages against results/: what stands between the marks is what the command writes."""
+    """The generated sections of the pages are what the command would write."""
     wrong = leaderboard.stale()
     assert not wrong, f"run python -m experiments.leaderboard: {', '.join(wrong)} differs from the records"
 

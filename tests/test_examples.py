@@ -1,4 +1,4 @@
-"""Every example runs, and trains exactly as the plain loop does; what a framework cannot do is refused in clear words."""
+"""Every example runs and trains exactly as the plain loop does. What a framework cannot do raises a clear error."""
 
 import contextlib
 import importlib
@@ -23,7 +23,7 @@ import task
 
 ROOT = Path(__file__).resolve().parent.parent
 VARIANTS = tuple(task.OPTIMIZERS)
-FLOAT32 = 1e-6  # what the Trainer logs its losses in; the weights are float64
+FLOAT32 = 1e-6  # the Trainer logs its losses in float32; the weights are float64
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def plain():
 
 
 def framework(package: str, script: str):
-    """The module of a script; skips where its framework is not installed."""
+    """The module of a script. Skips the test if its framework is not installed."""
     pytest.importorskip(package, reason=f"{package} is a test dependency (requirements-dev.txt) and is not installed")
     return importlib.import_module(script)
 
@@ -73,7 +73,7 @@ def test_plain_loop_is_the_recursion(variant):
 
 @torch.no_grad()
 def loss_of(weights):
-    """The mean loss over batches that nobody trains on."""
+    """The mean loss over batches that no run trains on."""
     net = task.Net()
     for p, w in zip(net.parameters(), weights, strict=True):
         p.copy_(w)
@@ -246,7 +246,7 @@ def test_lightning_resumes_exactly(plain, variant, tmp_path):
 
 
 def run_script(script, save, processes):
-    """What a script prints; one that needs one process runs in this one, the others as torchrun would start them."""
+    """What a script prints. A script for one process runs in this one; others are started as torchrun would."""
     path = ROOT / "examples" / f"{script}.py"
     if processes == 1:
         printed = io.StringIO()

@@ -1,4 +1,4 @@
-"""The folder for Hugging Face: our logits, its cache, padding, tokenizers, other people's evaluation, and the hub."""
+"""The folder for Hugging Face: logits, cache, padding, tokenizers, the evaluation harness, and the hub."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from common.errors import UserError
 from data.tokenize_text import load_encoder
 from scripts.export import byte_characters, main
 
-# Nothing here imports the hub's library while tests are collected: other tests set what it reads when it is imported.
+# Nothing here imports the hub's library while tests are collected, because other tests set variables that its import reads.
 pytestmark = pytest.mark.skipif(find_spec("transformers") is None, reason="transformers is not installed")
 ROOT = Path(__file__).resolve().parent.parent
 TEXTS = ["The people, 1790.", "  Größe\n\n\tof 漢字 and 🙂's  ", "don't 12345 x=y+1;", ""]
@@ -25,7 +25,7 @@ TEXTS = ["The people, 1790.", "  Größe\n\n\tof 漢字 and 🙂's  ", "don't 12
 
 @pytest.fixture(scope="module", autouse=True)
 def no_internet(tmp_path_factory):
-    """Code of a folder is copied into a cache before it is imported: into one of our own."""
+    """No network. transformers copies a folder's code into a cache before importing it; this gives it a cache of its own."""
     home = tmp_path_factory.mktemp("hf")
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(home))
@@ -163,7 +163,7 @@ def test_the_card(exported):
 
 @pytest.mark.slow
 def test_the_evaluation_harness(exported, tmp_path, monkeypatch):
-    """lm-evaluation-harness on a task of two lines; its log-likelihoods are ours."""
+    """lm-evaluation-harness on a task of two lines gives our log-likelihoods."""
     lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed")
     encoding, ours, folder = exported
     examples = [{"text": "The people of", "end": " these States"}, {"text": "No.", "end": " Yes, 12"}]
@@ -193,7 +193,7 @@ def test_the_evaluation_harness(exported, tmp_path, monkeypatch):
     assert len(results["samples"]["two"]) == 2
 
 
-# ---- what is refused
+# ---- errors
 
 
 def test_a_taken_folder_stays(tmp_path):

@@ -1,4 +1,4 @@
-"""Runs from Python, as in a notebook: several in one process, which is afterwards as it was before."""
+"""Runs from Python, as in a notebook: several in one process, which is unchanged afterwards."""
 
 import json
 import signal
@@ -34,7 +34,7 @@ def ours():
 
 @pytest.fixture(autouse=True)
 def the_process_is_left_as_it_was():
-    """No test here may leave a handler of ours, a thread, or torch's deterministic mode."""
+    """No test here may leave a signal handler, a thread, or torch's deterministic mode."""
     handlers, threads = [signal.getsignal(number) for number in SIGNALS], set(ours())
     assert not torch.are_deterministic_algorithms_enabled()
     yield
@@ -70,7 +70,7 @@ def test_a_mistake_is_an_exception(options):
 
 
 def test_a_failed_run_releases_everything(options):
-    """The folder's lock above all: the same run can be started again, although its exception is kept, as notebooks do."""
+    """Above all the folder's lock: the same run can start again even while its exception is kept, as in a notebook."""
     thrown = options | {"lr": 1e30, "deterministic": True, "checkpoint_every": 1}
     with pytest.raises(UserError, match="finite") as kept:
         train(Config(run_name="fails", **thrown))
@@ -79,7 +79,7 @@ def test_a_failed_run_releases_everything(options):
 
 
 def test_in_another_thread(options):
-    """Where Python allows no signal handlers."""
+    """Python allows no signal handlers there."""
     done = []
     thread = threading.Thread(target=lambda: done.append(train(Config(run_name="thread", **options))))
     thread.start()

@@ -1,4 +1,4 @@
-"""The training loop: no step waits for the device, speed is that of the last line's window, and a deaf rank ends."""
+"""The training loop: no step waits for the device, the speed is since the last line, and a rank that waits can be ended."""
 
 import os
 import signal
@@ -27,7 +27,7 @@ READS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.defa
 
 
 class Reads(TorchDispatchMode):
-    """Counts the operations that on a GPU make the host wait for the device."""
+    """Counts the operations that would make the host wait for a GPU."""
 
     def __init__(self):
         super().__init__()
@@ -130,7 +130,7 @@ def test_recompilations_are_counted():
 
 @pytest.mark.slow
 def test_the_warm_up_compiles_the_graph_of_training(data, tmp_path, monkeypatch, capsys):  # noqa: F811
-    """Else a run compiles its model twice, the second time while its clock runs."""
+    """Otherwise a run would compile its model twice, the second time while its clock runs."""
     monkeypatch.setattr(numerics, "compiled", lambda model, *_: torch.compile(model, dynamic=False, backend="eager"))
     words = [word for pair in TINY.items() for word in pair]
     train_gpt.train(load_config([*words, f"--data-dir={data}", f"--results-dir={tmp_path}", "--run-name=graphs"]))
@@ -167,7 +167,7 @@ def rank_1_hangs() -> None:
 
 @pytest.mark.slow
 def test_a_signal_ends_a_rank_that_waits_for_a_hung_one(trainer):  # noqa: F811
-    """torch holds the main thread of rank 0 then, for the whole --rank-timeout. Its checkpoint is whole."""
+    """The main thread of rank 0 is inside torch then, for up to --rank-timeout. The checkpoint stays complete."""
     options = "--optimizer mvr2 --checkpoint-every 2"
     expected = trainer.run("never-hung", options, ranks=2).ok()
     running = trainer.start("hung", options, ranks=2, patch=rank_1_hangs)

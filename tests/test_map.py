@@ -1,4 +1,4 @@
-"""experiments/map.py: which runs it pairs, what it says of the claim, and its page and picture, from made-up records."""
+"""experiments/map.py on made-up records: the pairs of runs, the verdict on the claim, the page and the picture."""
 
 import json
 import math
@@ -11,7 +11,7 @@ from experiments.figures import Folders
 
 
 def made_up(folder, steps, loss):
-    """Records of every cell, with a loss of (method, lr, weight of the new gradient) at both horizons."""
+    """Records of every cell, whose loss at both horizons is `loss(method, lr, weight of the new gradient)`."""
     (folder / "map").mkdir(parents=True)
     (folder / "map" / "noise.json").write_text(json.dumps({f"{lr:g}": 400 * lr for lr in study.LRS}))
     for cell in study.cells():
@@ -34,7 +34,7 @@ def test_cells_are_paired_with_gluon_at_the_same_lr_and_beta(tmp_path):
 
 
 def test_the_claim_is_counted(tmp_path, capsys):
-    """A world where the correction helps exactly where S/σ is below the weight: the claim is right in every cell."""
+    """The correction helps exactly where S/σ is below the weight, so the claim is right in every cell."""
     made_up(tmp_path, 10, lambda m, lr, weight: 0.0 if m == "gluon" else 400 * lr - weight)
     study.main(["--plot-only", "--steps", "10", "--runs", str(tmp_path), "--results", str(tmp_path)])
     capsys.readouterr()

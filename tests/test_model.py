@@ -46,7 +46,7 @@ def test_at_the_start_the_blocks_get_no_gradient():
 
 
 def test_at_the_start_the_tied_head_predicts_its_input():
-    """So the loss is far above ln V on text: 16 for the reference model (see design of the initialisation)."""
+    """So the loss on text starts far above ln V: at 16 for the reference model."""
     gpt = small()
     idx = torch.randint(61, (2, 16))
     assert torch.equal(gpt(idx).argmax(-1), idx)
@@ -81,7 +81,7 @@ def test_cross_entropy_gradient_numerically(monkeypatch):
 
 
 class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-    """The most elements of a tensor that is made."""
+    """The number of elements of the largest tensor that is created."""
 
     largest = 0
 

@@ -1,4 +1,4 @@
-"""The README's example of an optimizer of one's own: its formula, two ranks under DDP and with FSDP2, and the trainer."""
+"""examples/my_optimizer.py: its formula, two ranks under DDP and with FSDP2, and the trainer."""
 
 import functools
 import sys
@@ -110,7 +110,7 @@ def test_an_option_of_mine_is_checked(option):
 @pytest.mark.slow
 @pytest.mark.parametrize("mine", ['TwoHorizons --optimizer-options {"slow":0.95}', "HiddenMVR1"])
 def test_my_optimizer_in_the_trainer(trainer, mine):  # noqa: F811
-    """By the command that its file gives: the same weights on two ranks, and exactly the same after a stop."""
+    """With the command of its docstring: the same weights on two ranks, and exactly the same after a resume."""
     options, name = f"--optimizer examples.my_optimizer:{mine}", mine.split()[0]
     alone = trainer.run(f"{name}-1", options).ok()
     two = trainer.run(f"{name}-2", options, ranks=2).ok()

@@ -1,4 +1,4 @@
-"""The picture of the curves: what is read, what is drawn, what is refused."""
+"""The picture of the curves: reading, drawing, errors."""
 
 import json
 import math
@@ -161,7 +161,7 @@ def test_wrong_command_lines(run_folder, tmp_path):
 
 
 def test_packed_runs(tmp_path, capsys):
-    """A file of runs stands for all of them; one of them alone is FILE/NAME."""
+    """FILE stands for all runs in it, FILE/NAME for one."""
     metrics = [[json.loads(line) for line in curve(end)] for end in (2.0, 1.0)]
     metrics[1][3]["val_loss"] = None  # it was not finite
     packed = tmp_path / "arm.jsonl"

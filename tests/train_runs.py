@@ -1,4 +1,4 @@
-"""Runs of the trainer in real processes, forked from one that has imported torch: a run costs a second and not ten."""
+"""Runs of the trainer in real processes, forked from one that has imported torch, so that a run takes a second, not ten."""
 
 import json
 import os
@@ -97,13 +97,13 @@ class Running:
         return any(process.is_alive() for process in self.processes)
 
     def wait_for_death(self, timeout: float) -> None:
-        """Wait until a process has ended, at most so many seconds."""
+        """Wait until a process has ended, at most `timeout` seconds."""
         deadline = time.monotonic() + timeout
         while all(process.is_alive() for process in self.processes) and time.monotonic() < deadline:
             time.sleep(0.002)
 
     def kill(self) -> bool:
-        """Kill all ranks; whether any of them was still running, or had been killed."""
+        """Kill all ranks. Returns whether SIGKILL ended any of them."""
         for process in self.processes:
             process.kill()
         for process in self.processes:
@@ -123,7 +123,7 @@ class Running:
 
 
 class Trainer:
-    """Starts runs with the tiny options, whatever is given coming last."""
+    """Starts runs with the tiny options; given options override them."""
 
     def __init__(self, results: Path, data: Path) -> None:
         self.results, self.data = results, data
@@ -131,11 +131,11 @@ class Trainer:
     def start(
         self, name: str, options: str = "", ranks: int = 1, patch: Callable[[], None] | None = None, **environment: str
     ) -> Running:
-        """Start the tiny run with these options instead of its own, in ranks that call `patch` first."""
+        """Start a run with these options, in ranks that call `patch` first."""
         return Running(self.results / name, self.words(name, options), ranks, patch, environment)
 
     def words(self, name: str, options: str) -> list[str]:
-        """The command line: the tiny options, but for those that are given."""
+        """The command line: the given options, and the tiny ones that they do not set."""
         given = options.split()
         places = {"--run-name": name, "--results-dir": str(self.results), "--data-dir": str(self.data)}
         defaults = {flag: value for flag, value in (places | TINY).items() if flag not in given}
@@ -188,5 +188,5 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def trainer(tmp_path_factory, data) -> Trainer:
-    """One for a whole file, so that tests can share runs."""
+    """One trainer per test file, so that tests can share runs."""
     return Trainer(tmp_path_factory.mktemp("results"), data)

@@ -1,4 +1,4 @@
-"""Small runs with random weights, as the trainer would leave them: for what reads a trained model."""
+"""Small runs with random weights, in the trainer's format, for tests of the scripts that read a trained model."""
 
 import json
 
@@ -12,7 +12,7 @@ SIZES = {"n_layer": 2, "n_head": 2, "d_model": 32, "seq_len": 32}
 
 
 def random_model(seed=0, **sizes):
-    """A GPT none of whose weights is zero, so that every part of it shows in the logits."""
+    """A GPT without zero weights, so that every part of it affects the logits."""
     torch.manual_seed(seed)
     model = GPT(GPTConfig(**{"vocab_size": 257, **SIZES, **sizes})).eval()
     with torch.no_grad():
@@ -22,7 +22,7 @@ def random_model(seed=0, **sizes):
 
 
 def write_run(folder, seed=0, val_loss=2.0, **options):
-    """The folder of a finished run of such a model, of bytes unless the options say otherwise."""
+    """Write the folder of a finished run of such a model, with a byte vocabulary by default."""
     sizes = {"vocab_size": 257, **SIZES} | {key: value for key, value in options.items() if key in ("vocab_size", *SIZES)}
     folder.mkdir(parents=True)
     save_weights(folder / "model.safetensors", random_model(seed, **sizes))

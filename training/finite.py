@@ -87,9 +87,7 @@ class FiniteGuard:
         self._read()
         for name, loss in losses.items():
             if not math.isfinite(loss):
-                raise UserError(
-                    f"step {self._step}: the {name} of the weights that it left is {loss}; {_ADVICE}", everywhere=True
-                )
+                raise UserError(f"step {self._step}: the {name} is {loss}; {_ADVICE}", everywhere=True)
 
     def check_state(self) -> None:
         """Before a checkpoint: raise UserError if a weight or a buffer of the optimizer is not finite."""
