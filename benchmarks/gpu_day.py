@@ -1,11 +1,11 @@
-"""The first ten minutes on a GPU: is everything right on it, and how fast is it?
+"""The first ten minutes on a GPU: is everything correct on it, and how fast is it?
 
     python -m benchmarks.gpu_day --out gpu_day --budget 560
 
-The most useful sections run first, each in a process of its own that ends at its deadline. `gpu_day.md` and
-`gpu_day.json` are rewritten after each; the table of passes and failures is also printed last. It makes its own data, and needs
-torch, numpy, safetensors, filelock and tqdm. Where compilation fails, it goes on eagerly. `--device cpu --quick` runs every
-section at toy size. Exit code 0 if nothing failed.
+The most useful sections run first, each in its own process with a deadline. `gpu_day.md` and `gpu_day.json` are rewritten after
+each section; the table of passes and failures is printed at the end. The script makes its own data, and needs torch, numpy,
+safetensors, filelock and tqdm. If compilation fails, the models run eagerly. `--device cpu --quick` runs every section at toy
+size. The exit code is 0 if nothing failed.
 """
 
 import argparse
@@ -40,18 +40,18 @@ from optim.polar import polar
 from training.metrics import peak_flops
 
 ROOT = Path(__file__).resolve().parents[1]
-CACHE = Path(tempfile.gettempdir()) / f"gpu_day_{os.getuid()}"  # fixed, so that sections and later runs share what is compiled
+CACHE = Path(tempfile.gettempdir()) / f"gpu_day_{os.getuid()}"  # fixed, so that sections and later runs share compiled code
 TOY = GPTConfig(257, 2, 2, 32, 32)
 VARIANTS: dict[str, Callable[..., Any]] = {
     "Gluon": Gluon, "MVR-1": GluonMVR1, "MVR-2": GluonMVR2, "MVR-3": GluonMVR3, "SingleBatchMVR": SingleBatchMVR,
     "PreviousBatchMVR": PreviousBatchMVR,
 }  # fmt: skip
-# Parts of the names of attention's kernels, to tell which SDPA chose.
+# Parts of the names of attention kernels, to find the one that SDPA chose.
 ATTENTION = ("flash", "cudnn", "efficient", "fmha", "attention")
 
 
 class Lab:
-    """What a section is given: the device, the sizes, and where its numbers and verdicts go."""
+    """A section's argument: the device, the sizes, and methods that report its numbers and verdicts."""
 
     def __init__(self, device: str, quick: bool, answers: Connection) -> None:
         self.device, self.quick, self._answers = torch.device(device), quick, answers
@@ -69,7 +69,7 @@ class Lab:
         return torch.autocast(self.device.type, torch.bfloat16)
 
     def model(self) -> GPT:
-        """A model with no zero weight, so that every gradient is tested."""
+        """A model without zero weights, so that every gradient is tested."""
         torch.manual_seed(0)
         model = GPT(self.config)
         for p in model.parameters():
@@ -78,7 +78,7 @@ class Lab:
         return model.to(self.device)
 
     def compiled(self, model: GPT) -> Any:
-        """The compiled model, which has run once; where that fails, the model itself, and the note says why."""
+        """The compiled model after one run. If that fails, the model itself, and a note that says why."""
         net = torch.compile(model, dynamic=False, backend="aot_eager" if self.quick else "inductor")
         try:
             gradients(self, net, self.tokens(2 if self.quick else 32))
@@ -92,7 +92,7 @@ class Lab:
         return torch.randint(self.config.vocab_size, shape, generator=torch.Generator().manual_seed(0)).to(self.device)
 
     def seconds(self, call: Callable[[], Any], repeats: int) -> float:
-        """The median time of a call, after two that do not count."""
+        """The median time of a call, after two calls to warm up."""
         times = []
         for _ in range(2 + repeats):
             self.wait()
@@ -108,7 +108,7 @@ class Lab:
 
 
 def gradients(lab: Lab, net: Any, tokens: Tensor) -> Tensor:
-    """One pass; leaves the gradients, and returns the loss."""
+    """One pass: leaves the gradients in .grad. Returns the loss."""
     net.zero_grad(set_to_none=True)
     with lab.autocast():
         loss = net(tokens[:, :-1], tokens[:, 1:])
@@ -124,7 +124,7 @@ def groups(model: GPT) -> list[dict[str, Any]]:
 
 
 def distance(a: Tensor, b: Tensor) -> float:
-    """The relative distance of a from b; NaN stays."""
+    """The relative distance of a from b; NaN if one has a NaN."""
     a, b = a.detach().double().cpu(), b.detach().double().cpu()
     return ((a - b).norm() / b.norm().clamp(min=1e-300)).item()
 
@@ -133,7 +133,7 @@ def distance(a: Tensor, b: Tensor) -> float:
 
 
 def environment(lab: Lab) -> None:
-    """What the machine is, and its two ceilings: bytes and products."""
+    """The machine, and its limits: the speed of a copy and of a matrix product."""
     lab.note("torch", torch.__version__)
     lab.note("threads", torch.get_num_threads())
     name = "cpu"
@@ -198,7 +198,7 @@ def walk(name: str, net: Toy, steps: int, polar_method: str) -> list[Tensor]:
 
 
 def optimizers(lab: Lab) -> None:
-    """Every optimizer in float64 with exact polar factors: the device against the CPU."""
+    """Every optimizer in float64 with exact polar factors, on the device and on the CPU."""
     shapes = [(12, 8), (8, 12), (10, 10), (12, 8), (9, 6), (7, 5)]
     for name in [*VARIANTS, "MuonMVR"]:
         here = walk(name, Toy(*shapes).to(lab.device), 6, "svd")
@@ -207,7 +207,7 @@ def optimizers(lab: Lab) -> None:
 
 
 def polar_factor(lab: Lab) -> None:
-    """The factor in the device's working precision against the same polynomials in float64, at the model's shapes."""
+    """The factor in the device's working precision against the same polynomials in float64, for the model's shapes."""
     d = lab.config.d_model
     for rows, columns in ((d, d), (4 * d, d), (d, 4 * d)):
         generator = torch.Generator().manual_seed(2)
@@ -225,7 +225,7 @@ def polar_factor(lab: Lab) -> None:
 
 
 def ranks(lab: Lab) -> None:
-    """Two gloo ranks on one device, with a parameter of 4 MB: equal to one process."""
+    """Two gloo ranks on one device, with a parameter of 4 MB, against one process."""
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
         pipes = []
@@ -241,7 +241,7 @@ def ranks(lab: Lab) -> None:
             processes.append(process)
         for _ in VARIANTS:
             for rank, pipe in enumerate(pipes):
-                name, error = pipe.recv()  # EOFError if the rank died; it has said why
+                name, error = pipe.recv()  # EOFError if the rank died, which has printed why
                 lab.check(f"{name}, rank {rank}: distance from one process", error, 1e-9)
         for process in processes:
             process.join()
@@ -262,7 +262,7 @@ def one_rank(device: torch.device, quick: bool, rank: int, store: str, answers: 
 
 
 def compilation(lab: Lab) -> None:
-    """Eager against compiled, from the same weights, and whether anything is compiled twice."""
+    """The compiled model against the eager one, from the same weights; and is any graph compiled twice?"""
     sequences = 2 if lab.quick else 32
     model, tokens = lab.model(), lab.tokens(sequences)
     eager = gradients(lab, model, tokens)
@@ -300,7 +300,7 @@ def throughput(lab: Lab) -> None:
 
 
 def steps(lab: Lab) -> None:
-    """Whole steps of one micro-batch in turns: what the optimizer adds to the passes. All move the same model."""
+    """Full steps of one micro-batch, in turns: how much time each optimizer adds to the passes. All move the same model."""
     model = lab.model()
     net, tokens = lab.compiled(model), lab.tokens(2 if lab.quick else 32)
     built: dict[str, Any] = {name: VARIANTS[name](groups(model), lr=1e-6) for name in ("Gluon", "MVR-1", "MVR-2", "MVR-3")}
@@ -329,7 +329,7 @@ def steps(lab: Lab) -> None:
     for name, seconds in whole.items():
         mfu = f", MFU {100 * passes[name] * flops / seconds / peak:.1f}%" if peak else ""
         rest = 1e3 * (seconds - passes[name] * alone)
-        lab.note(f"{name}: step", f"{1e3 * seconds:.2f} ms, beside its passes {rest:.2f} ms{mfu}")
+        lab.note(f"{name}: step", f"{1e3 * seconds:.2f} ms, {rest:.2f} ms without its passes{mfu}")
     fill = lab.seconds(lambda: [torch.ones_like(p) for p in model.blocks.parameters()], 3)
     own = 1e3 * (lab.seconds(matrices_alone, 3 if lab.quick else 10) - fill)
     lab.note("Gluon on the blocks' matrices, ms", own)
@@ -340,7 +340,7 @@ def steps(lab: Lab) -> None:
 
 
 def kernels(lab: Lab) -> None:
-    """That a step never waits for the device, and where its time goes."""
+    """Does a step ever wait for the device, and where does its time go?"""
     model = lab.model()
     net, tokens = lab.compiled(model), lab.tokens(2 if lab.quick else 32)
     for name, variant in VARIANTS.items():
@@ -373,7 +373,7 @@ def kernels(lab: Lab) -> None:
 
 
 def runs(lab: Lab) -> None:
-    """`train_gpt.py --deterministic`: twice, stopped and resumed, and under torchrun, with equal weights at the end."""
+    """`train_gpt.py --deterministic`: twice, stopped and resumed, and under torchrun, always with the same final weights."""
     with tempfile.TemporaryDirectory() as folder:
         tokens = np.random.default_rng(0).integers(0, 257, 2**17)
         (Path(folder) / "data").mkdir()
@@ -403,7 +403,7 @@ def runs(lab: Lab) -> None:
             for name, (code, said) in side_by_side(wave).items():
                 lab.check(f"{name}: exit code", abs(code), 0)
                 if code:
-                    lab.note(f"{name}: its last words", said[-1500:])
+                    lab.note(f"{name}: the end of its output", said[-1500:])
         whole = load_file(f"{folder}/whole/model.safetensors")
         for name in ("again", "resumed", "torchrun"):
             weights = load_file(f"{folder}/{name}/model.safetensors")
@@ -413,7 +413,7 @@ def runs(lab: Lab) -> None:
 
 
 def side_by_side(commands: dict[str, list[str]]) -> dict[str, tuple[int, str]]:
-    """Run these at the same time. Returns the exit code and output of each; none outlives this call."""
+    """Run the commands at the same time. Returns the exit code and output of each. No process outlives this call."""
     started = {}
     for name, command in commands.items():
         started[name] = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -446,7 +446,7 @@ SECTIONS = [
 
 
 def work(section: Section, device: str, quick: bool, answers: Connection) -> None:
-    """A section in its own process."""
+    """Run a section in this process, and send its results."""
     os.setpgid(0, 0)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped at its deadline"))
     if device == "cpu":
@@ -460,8 +460,8 @@ def work(section: Section, device: str, quick: bool, answers: Connection) -> Non
 
 
 def run_section(section: Section, device: str, quick: bool, seconds: float) -> dict[str, Any]:
-    """Its notes and checks, including those made before an error or the deadline."""
-    context = multiprocessing.get_context("fork")  # this process has imported torch, and never touches the device
+    """Run a section in a new process. Returns its notes and checks, including those from before an error or the deadline."""
+    context = multiprocessing.get_context("fork")  # safe, because this process never touches the device
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=work, args=(section, device, quick, theirs))
     start = time.monotonic()
@@ -488,7 +488,7 @@ def run_section(section: Section, device: str, quick: bool, seconds: float) -> d
 
 
 def end(process: Any, at_once: bool) -> None:
-    """End a section's process and what is left of the process group that it leads."""
+    """End a section's process and the rest of the process group that it leads."""
     if not at_once:
         process.terminate()
     process.join(10)
@@ -513,7 +513,7 @@ def verdicts(results: list[dict[str, Any]]) -> list[list[str]]:
 
 
 def write(out: Path, results: list[dict[str, Any]], command: str) -> None:
-    """Rewrite both files, each in one move."""
+    """Rewrite both files, each atomically."""
     parts = [f"# The first minutes on a GPU\n\nWritten by `{command}`.\n"]
     for result in results:
         rows = [["", "value"], *([name, shown(value)] for name, value in result["notes"].items())]
@@ -542,7 +542,7 @@ def main(argv: list[str] | None = None) -> int:
     results: list[dict[str, Any]] = []
     for section in SECTIONS:
         name = section.run.__name__
-        left = end_of_budget - time.monotonic() - 12  # what ending a section may take
+        left = end_of_budget - time.monotonic() - 12  # ending a section may take so long
         if left <= 0:
             results.append({"section": name, "notes": {}, "checks": [], "failed": "no time was left", "seconds": 0.0})
         else:

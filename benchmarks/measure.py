@@ -1,4 +1,4 @@
-"""What the benchmarks share: a clock, rounds in which the contestants take turns, the machine, the page and its numbers."""
+"""Shared by the benchmarks: a clock, rounds in which the contestants take turns, the machine, the page and its numbers."""
 
 import argparse
 import json
@@ -23,9 +23,9 @@ RESULTS = Path(__file__).resolve().parents[1] / "results" / "benchmarks"
 
 
 class Clock:
-    """Seconds of a call on the device, with and without what runs inside `inside()`.
+    """Seconds of a call on the device, split into those inside and outside `inside()`.
 
-    On a CPU with one thread these are CPU seconds of the process: others on a busy machine then count less.
+    On a CPU with one thread these are CPU seconds of the process, which other work on the machine disturbs less.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -54,7 +54,10 @@ class Clock:
 
 
 def in_rounds(contestants: dict[str, Callable[[], Any]], rounds: int, budget: float) -> dict[str, list[Any]]:
-    """Each contestant once a round, another one first each time; fewer than `rounds` (3 at least) beyond `budget` seconds."""
+    """Run each contestant once per round, each round starting with another one. Returns the results by contestant.
+
+    Stops early, after at least 3 rounds, if `budget` seconds are over.
+    """
     results: dict[str, list[Any]] = {name: [] for name in contestants}
     names = list(contestants)
     begin = time.perf_counter()
@@ -69,13 +72,13 @@ def in_rounds(contestants: dict[str, Callable[[], Any]], rounds: int, budget: fl
 
 
 def milliseconds(seconds: Sequence[float]) -> list[str]:
-    """The median, and the quartiles."""
+    """The median and the quartiles, as text."""
     low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
     return [f"{median * 1e3:.4g}", f"{low * 1e3:.4g} to {high * 1e3:.4g}"]
 
 
 def ratio(seconds: Sequence[float], reference: Sequence[float]) -> float:
-    """The median of the ratios of each round: what slows a whole round down cancels."""
+    """The median over the rounds of the ratio, so that whatever slows down a full round cancels."""
     return statistics.median(a / b for a, b in zip(seconds, reference, strict=True))
 
 
@@ -89,7 +92,7 @@ def goals_table(goals: Sequence[Sequence[str]]) -> str:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What the figures were measured on."""
+    """The machine and the versions."""
     return {
         "cpu": cpu_name(),
         "logical_cpus": os.cpu_count(),
@@ -115,7 +118,7 @@ def describe(m: dict[str, Any]) -> str:
 
 
 def wrapped(text: str) -> str:
-    """The paragraphs of a page, in lines of at most 100 characters; a heading or a table stays."""
+    """The page with its paragraphs wrapped at 100 characters. Headings and tables stay."""
     paragraphs = text.split("\n\n")
     return "\n\n".join(p if p.startswith(("#", "|")) else textwrap.fill(p, 100, break_on_hyphens=False) for p in paragraphs)
 
@@ -130,7 +133,7 @@ def main(
     """The command line of a benchmark: runs its sets and writes `NAME_DEVICE.md` and `.json`.
 
     A set takes (device, rounds, seconds) and returns its part of the page and its numbers. `default` names the sets of a
-    device, separated by commas; the set `tiny` is what --quick runs. `intro` has a place for {machine}.
+    device, separated by commas; --quick runs the set `tiny`. `intro` has a placeholder {machine}.
     """
     parser = argparse.ArgumentParser(description=intro.splitlines()[0].lstrip("# "))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

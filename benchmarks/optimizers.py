@@ -1,8 +1,8 @@
-"""One optimizer step on the matrices of a GPT: ours and torch's Muon in turns, and the matrix products alone.
+"""One optimizer step on the matrices of a GPT: our optimizers and torch's Muon in turns, and the matrix products alone.
 
-    python -m benchmarks.optimizers                    small GPTs on a CPU; GPT-124M where there is CUDA
+    python -m benchmarks.optimizers                    small GPTs on a CPU; GPT-124M on CUDA
 
-Every contestant starts a step with its own copy of the same gradients. The time within closures is left out.
+Every contestant starts a step with its own copy of the same gradients. The time inside closures is left out.
 """
 
 from collections import Counter
@@ -54,7 +54,7 @@ class Entry:
 
 
 class Products:
-    """The products of five iterations on stacks of one shape up to transposition, into buffers that stay."""
+    """The products of five iterations on stacks of matrices of one shape up to transposition, into reused buffers."""
 
     def __init__(self, weights: Sequence[Tensor]) -> None:
         self._clock = Clock(weights[0].device)

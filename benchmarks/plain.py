@@ -1,7 +1,7 @@
-"""The plain loop that the benchmarks compare with: a GPT as nanoGPT writes it, whole logits, one `.backward()`, `.step()`.
+"""The plain loop that the benchmarks compare with: a GPT as in nanoGPT, all logits at once, `.backward()`, `.step()`.
 
-Nothing here is shared with model.py or optim/: LayerNorm, GELU, learned positions, q, k and v in one product, torch's fused
-attention, `F.cross_entropy` of all logits, embedding and head tied.
+It shares no code with model.py or optim/. It has LayerNorm, GELU, learned positions, q, k and v in one product, torch's fused
+attention, `F.cross_entropy` of all logits, and a tied embedding and head.
 """
 
 import torch
@@ -48,7 +48,7 @@ class PlainGPT(nn.Module):
 
 
 class PlainLoop:
-    """One training step on these tokens (B, T+1), with AdamW, or with torch's Muon for the blocks' matrices."""
+    """Training steps on these tokens (B, T+1) with AdamW, or with torch's Muon for the blocks' matrices."""
 
     def __init__(self, config: GPTConfig, tokens: Tensor, bfloat16: bool, muon: bool) -> None:
         torch.manual_seed(0)

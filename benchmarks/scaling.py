@@ -2,8 +2,8 @@
 
     python -m benchmarks.scaling
 
-`messages` gives the bytes of the optimizer's exchange exactly: a test compares them with what torch's fake process group
-counts. The times are estimates from them and from the figures in `Machine`.
+`messages` gives the exact bytes of the optimizer's exchange; a test compares them with the counts of torch's fake process
+group. The times are estimates from these bytes and the figures in `Machine`.
 """
 
 import functools
@@ -24,14 +24,14 @@ PASSES = {"Gluon": 1, "MVR-1, -2, -3": 2}
 
 @dataclass(frozen=True)
 class Machine:
-    """H100 SXM nodes: data sheets, and the shares of them that training reaches. Bytes and FLOPs a second, seconds."""
+    """H100 SXM nodes: figures of data sheets, and the assumed shares of them. In FLOP/s, bytes/s and seconds."""
 
     flops: float = 989e12  # dense bfloat16
     share_of_gradients: float = 0.45
     share_of_polar: float = 0.6
     gpus_of_node: int = 8
     within: float = 350e9  # a collective's bandwidth over NVLink
-    across: float = 300e9  # and over eight 400 Gbit/s adapters a node
+    across: float = 300e9  # and over eight 400 Gbit/s adapters per node
     hop_within: float = 2e-6
     hop_across: float = 6e-6
     launch: float = 5e-6
@@ -51,10 +51,10 @@ def shapes(config: GPTConfig) -> tuple[Counter[tuple[int, int]], tuple[int, int]
 
 
 def messages(config: GPTConfig, world: int, size: int) -> list[int]:
-    """Bytes that each rank sends in a step: one all-gather a bucket, each rank's part padded to the largest.
+    """Bytes that each rank sends in a step, for each all-gather: one per bucket, each rank's part padded to the largest.
 
-    Spectral norm for the blocks, sign for the embedding. `size`: bytes of an entry of a spectral direction; a sign takes one.
-    A flag travels with each piece.
+    The blocks have the spectral norm, the embedding the sign norm. `size`: bytes per entry of a spectral direction; a sign
+    takes one. Each piece carries a flag.
     """
     if world == 1:
         return []
@@ -69,20 +69,20 @@ def messages(config: GPTConfig, world: int, size: int) -> list[int]:
 
 
 def polar_flops(config: GPTConfig, world: int) -> float:
-    """Of the rank with the most matrices: five iterations of three products."""
+    """FLOPs of the rank with the most matrices: five iterations of three products."""
     blocks, _ = shapes(config)
     return sum(math.ceil(count / world) * 5 * (4 * m * m * k + 2 * m**3) for (m, k), count in blocks.items())
 
 
 def all_gather_seconds(sent: int, world: int, machine: Machine) -> float:
-    """A ring: each rank receives what the others send, over world - 1 hops of the slowest link."""
+    """A ring: each rank receives the parts of the others, over world - 1 hops of the slowest link."""
     inside = world <= machine.gpus_of_node
     hop, bandwidth = (machine.hop_within, machine.within) if inside else (machine.hop_across, machine.across)
     return (world - 1) * (sent / bandwidth + hop)
 
 
 def all_reduce_seconds(size: int, world: int, machine: Machine) -> float:
-    """A reduce-scatter and an all-gather; across nodes a tree's latency, as NCCL chooses it."""
+    """A reduce-scatter and an all-gather. Across nodes the latency is that of a tree, which NCCL chooses there."""
     inside = world <= machine.gpus_of_node
     bandwidth = machine.within if inside else machine.across
     latency = (world - 1) * machine.hop_within if inside else 2 * math.log2(world) * machine.hop_across
@@ -92,9 +92,9 @@ def all_reduce_seconds(size: int, world: int, machine: Machine) -> float:
 def step_seconds(
     config: GPTConfig, sequences: float, world: int, passes: int, group: int, machine: Machine = Machine()
 ) -> dict[str, float]:
-    """The parts of a step, given the sequences per GPU. `group`: the ranks that share the optimizer's work.
+    """Seconds of each part of a step, from the sequences per GPU. `group`: the number of ranks that share the optimizer's work.
 
-    The reduction of gradients hides behind the backward pass as far as it goes; the exchange hides behind nothing.
+    The reduction of gradients overlaps with the backward pass; the exchange overlaps with nothing.
     """
     model = model_of(config)
     tokens = sequences * config.seq_len
@@ -111,7 +111,7 @@ def step_seconds(
 
 
 def exchange_table(config: GPTConfig) -> str:
-    """What the exchange costs by the number of ranks that share the work. The bytes are exact."""
+    """The cost of the exchange by the number of ranks that share the work. The bytes are exact."""
     rows = [["ranks", "all-gathers", "MB sent by a rank", "MB received", "of it padding", "exchange, ms", "polar factors, ms"]]
     blocks, (vocabulary, width) = shapes(config)
     useful = sum(count * m * k * 2 for (m, k), count in blocks.items()) + vocabulary * width
@@ -126,7 +126,7 @@ def exchange_table(config: GPTConfig) -> str:
 
 
 def step_table(config: GPTConfig, head: str, sequences: dict[int, float]) -> str:
-    """Milliseconds of a step for each number of GPUs, and the share of it that is gradients."""
+    """Milliseconds of a step for each number of GPUs, and the share that gradients take."""
     kinds = [(name, passes, nodes) for nodes in (False, True) for name, passes in PASSES.items()]
     rows = [["GPUs", head, *(name + (", by nodes" if nodes else "") for name, _, nodes in kinds)]]
     for world, each in sequences.items():
@@ -141,7 +141,7 @@ def step_table(config: GPTConfig, head: str, sequences: dict[int, float]) -> str
 
 
 def tables() -> list[str]:
-    """Of GPT-124M: the exchange, steps of 512 sequences in all, steps of 8 sequences a GPU."""
+    """Tables for GPT-124M: the exchange, steps of 512 sequences in total, steps of 8 sequences per GPU."""
     config = GPTConfig()
     fixed = {world: 512 / world for world in WORLDS if world <= 512}
     return [

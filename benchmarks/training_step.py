@@ -1,4 +1,4 @@
-"""The whole training step (forward, backward, optimizer): ours, and the plain loops of `benchmarks/plain.py`, in turns.
+"""The full training step (forward, backward, optimizer): ours, and the plain loops of `benchmarks/plain.py`, in turns.
 
     python -m benchmarks.training_step
 

@@ -1,4 +1,4 @@
-"""The first ten minutes on a GPU, at toy size on the CPU; and what happens to a section that fails or hangs."""
+"""benchmarks/gpu_day.py at toy size on the CPU, and its sections that fail or hang."""
 
 import json
 import os

@@ -16,7 +16,7 @@ from optim import MuonMVR
 
 
 def gradient(at: list[Tensor], micro_batches) -> list[Tensor]:
-    """The mean gradient of some micro-batches, at these weights."""
+    """The mean gradient of the micro-batches at the weights `at`."""
     net = Net()
     with torch.no_grad():
         for p, w in zip(net.parameters(), at, strict=True):
@@ -53,7 +53,7 @@ def assert_other_path(path, expected):
 
 
 def accumulation_loop(net, optimizer, data, accum_steps):
-    """2, as its prose says: both losses over `accum_steps`, a step when all micro-batches have been accumulated."""
+    """Loop 2 as its text describes it: both losses over `accum_steps`, a step once all micro-batches are accumulated."""
     path, previous, current = [], [], []
     for batch in data:
         current.append(batch)
@@ -73,7 +73,7 @@ def accumulation_loop(net, optimizer, data, accum_steps):
 
 
 def printed_accumulation_loop(net, optimizer, data, accum_steps):
-    """2, in the order of its README, which trains nothing."""
+    """Loop 2 in the order of its README's code, which trains nothing."""
     previous = None
     for i, batch in enumerate(data):
         (net(*batch) / accum_steps).backward()
@@ -90,7 +90,7 @@ def printed_accumulation_loop(net, optimizer, data, accum_steps):
 
 
 def snapshot_loop(net, optimizer, data):
-    """3 (MVR-2): this batch at the previous weights first."""
+    """Loop 3 (MVR-2): first this batch at the previous weights."""
     path, old = [], {}
     for batch in data:
         current = {name: value.clone() for name, value in net.state_dict().items()}
@@ -114,7 +114,7 @@ def approximate(k, x, x_old, g_old):
 
 @pytest.mark.parametrize("in_place", [False, True])
 def test_standard_loop(in_place):
-    """Zeroing in place must not reach what was recorded: it is a copy."""
+    """Zeroing in place must not change the recorded gradient, which is a copy."""
     data, net = list(batches(50)), Net()
     expected = reference([[b] for b in data], lambda k, x, *_: gradient(x, [data[k - 1]]) if k else None)
     assert_path(standard_loop(net, make(net), data, in_place), expected)
@@ -144,7 +144,7 @@ def test_snapshot_loop():
 
 @pytest.mark.parametrize("calls_update", [False, True])
 def test_approximate_loop(calls_update):
-    """MVR-1 compares with the previous step's gradient, whether or not the loop is that of MVR-3."""
+    """MVR-1 compares with the previous step's gradient, even in the loop of MVR-3."""
     data, net = list(batches(50)), Net()
     optimizer = make(net, is_approx=True)
     if calls_update:
@@ -303,7 +303,7 @@ def test_zero_gradients():
 
 @pytest.mark.parametrize("is_approx", [False, True])
 def test_no_host_synchronisation(is_approx):
-    """Meta tensors have no values: whatever asked for one, as `if norm > 1` does, would raise."""
+    """Meta tensors have no values, so code that reads one, such as `if norm > 1`, would raise."""
     net = Net().to("meta")
     optimizer = MuonMVR(net.parameters(), is_approx=is_approx)
     data = [(x.to("meta"), y.to("meta")) for x, y in batches(3)]
@@ -329,7 +329,7 @@ def test_newton_schulz_and_its_steps():
 
 
 def test_one_batched_product_for_matrices_of_one_shape(monkeypatch):
-    """Up to transposition."""
+    """A matrix and a transposed one count as one shape."""
     params = [nn.Parameter(torch.ones(s)) for s in [(3, 5), (5, 3), (3, 5), (4, 4)]]
     sizes = []
     original = torch.bmm

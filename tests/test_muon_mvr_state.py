@@ -108,7 +108,7 @@ def by_distributed_checkpoint(net, optimizer, **options):
 @pytest.mark.parametrize("is_approx", [False, True])
 @pytest.mark.parametrize("way", [by_pickle, by_deepcopy, by_state_dict, by_distributed_checkpoint])
 def test_round_trip_in_mid_run(way, is_approx, done, recorded):
-    """Also between `update_last_grad` and `step`: the same trajectory, bit for bit."""
+    """The same trajectory bit for bit, also from between `update_last_grad` and `step`."""
     data, net = list(batches(6)), Net()
     optimizer = make(net, is_approx=is_approx)
     standard_loop(net, optimizer, data[:done])

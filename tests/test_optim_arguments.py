@@ -1,4 +1,4 @@
-"""Bad arguments: each is refused by an exception that names the argument, the value and what is allowed."""
+"""Bad arguments: each raises an exception that names the argument, the value and the allowed values."""
 
 import math
 
@@ -128,7 +128,7 @@ def test_a_parameter_twice():
 
 @pytest.mark.parametrize("variant", CLASSES)
 def test_good_extremes(variant):
-    """What is just allowed trains."""
+    """Values at the edge of what is allowed work."""
     net = Net()
     options = {"lr": 0.0, "momentum": 0.0, "weight_decay": 0.0}
     if variant in ("mvr1", "mvr3", "single_batch", "previous_batch"):

@@ -1,4 +1,4 @@
-"""Under DDP: the weights of one process, bit for bit the same on every rank, and nobody waits forever."""
+"""Under DDP: the weights of one process, bit for bit the same on every rank, and no deadlocks."""
 
 import copy
 import functools
@@ -43,7 +43,7 @@ REDUCTIONS = {
 def test_beyond_ddps_first_bucket(variant, micro, views):
     expected = alone(variant, wide=True)
     answers = started(2).run(functools.partial(run_ddp, variant, micro=micro, wide=True, gradient_as_bucket_view=views))
-    assert all(a["rebuilt"] for a in answers), "the test wants buckets that DDP has built anew"
+    assert all(a["rebuilt"] for a in answers), "the test needs buckets that DDP has rebuilt"
     assert_same(answers, expected)
     assert all(a["reductions"] == REDUCTIONS[variant] for a in answers), "every pass reduces once"
     assert sum(a["bytes"] for a in answers) == expected["bytes"], "each momentum is kept once"
@@ -69,7 +69,7 @@ def test_parameters_that_a_batch_does_not_use(variant, decay):
     assert_same(answers, run())
     path = [step[branch_index()] for step in answers[0]["path"]]
     moved = [not torch.equal(a, b) for a, b in itertools.pairwise(path)]
-    assert not moved[0] and any(moved), "the branch stays while nobody uses it"
+    assert not moved[0] and any(moved), "the branch does not move while no rank uses it"
 
 
 def branch_index() -> int:
@@ -80,7 +80,7 @@ def branch_index() -> int:
 
 
 def run_with_none(variant, decay) -> dict:
-    """Gradients by hand: on each rank others of them are None, and those of every sixth parameter on all."""
+    """Gradients set by hand. Each rank has None for other parameters, and every sixth parameter has None on all ranks."""
     net = Net(wide=True)
     optimizer = optimizer_of(variant, net, decay)
     me, params = dist.get_rank(), list(net.parameters())
@@ -110,7 +110,7 @@ def test_none_on_one_rank(variant, decay):
             assert all(torch.equal(a, b) for a, b in zip(mine, first, strict=True))
     first, last = answers[0]["path"][0], answers[0]["path"][-1]
     for i, (a, b) in enumerate(zip(first, last, strict=True)):
-        assert torch.equal(a, b) == (i % 6 == 0), "what never has a gradient stays, the rest moves"
+        assert torch.equal(a, b) == (i % 6 == 0), "only parameters that ever have a gradient move"
 
 
 def different_parameters(extra: int):
@@ -164,7 +164,7 @@ class Interrupted(Exception):
 
 
 def run_interrupted(variant, failing_pass: int, load: bool) -> dict:
-    """In step 2 a pass fails after its backward; the step is then repeated (after loading what was saved before it)."""
+    """In step 2 a pass fails after its backward. The step is then repeated, after loading the state from before if `load`."""
     net, model = parallel_net("ddp")
     optimizer = optimizer_of(variant, net)
     path = [weights(net)]
@@ -206,7 +206,7 @@ def test_a_pass_may_fail(variant):
 
 
 class NoReading(TorchDispatchMode):
-    """Refuses what makes the host wait for the device."""
+    """Fails on operations that make the host wait for the device."""
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
         waits = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique")
@@ -221,7 +221,7 @@ def steps_without_reading(kind: str, variant) -> None:
         take_step(optimizer, model, k)
     closure = closure_of(model, 2)
 
-    def unwatched():  # what the user does in a pass is the user's
+    def unwatched():  # the user's closure may wait
         with _disable_current_modes():
             return closure()
 
@@ -234,7 +234,7 @@ def steps_without_reading(kind: str, variant) -> None:
         else:
             optimizer.step(unwatched)
     with pytest.raises(AssertionError, match="_local_scalar_dense"), NoReading():
-        torch.ones(1).item()  # it would be seen
+        torch.ones(1).item()  # NoReading detects it
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

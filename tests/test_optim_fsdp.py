@@ -1,4 +1,4 @@
-"""With FSDP2 and other DTensors: the weights of one process, whatever the sharding."""
+"""With FSDP2 and other DTensors: the weights of one process, for any sharding."""
 
 import itertools
 from unittest import mock
@@ -69,7 +69,7 @@ SHAPES_BY_HAND = [(6, 8), (8, 6), (6, 8), (5, 4, 3), (2, 9), (7,)]
 
 
 def by_hand(variant, norm: str, dim: int) -> dict:
-    """DTensors that no FSDP2 made, split along any dimension; gradients arrive in other placements, or not at all."""
+    """DTensors made without FSDP2, split along any dimension. Some gradients have other placements, some are missing."""
     generator = torch.Generator().manual_seed(3)
     whole = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in SHAPES_BY_HAND]
     params = [nn.Parameter(w.clone()) for w in whole]
@@ -86,7 +86,7 @@ def by_hand(variant, norm: str, dim: int) -> dict:
 
         def closure(k=k):
             nonlocal calls
-            calls += 1  # the passes have other gradients
+            calls += 1  # each pass has different gradients
             generator = torch.Generator().manual_seed(10 * k + calls)
             for i, p in enumerate(params):
                 g = torch.randn(p.shape, generator=generator, dtype=torch.float64)
@@ -114,7 +114,7 @@ NEVER = (2, 3)  # skip, and up.weight, which decays while it moves
 
 
 def with_none_on_one_rank(variant) -> dict:
-    """FSDP2's parameters; on each rank others of their gradients are taken away."""
+    """FSDP2's parameters. Each rank removes the gradients of other parameters."""
     net = sharded_net()
     optimizer = optimizer_of(variant, net)
     path = [weights(net)]
@@ -140,7 +140,7 @@ def test_none_on_one_rank(variant):
         torch.equal(a, b) for steps in zip(*(a["path"] for a in answers), strict=True) for a, b in zip(*steps, strict=True)
     )
     for i, (a, b) in enumerate(zip(answers[0]["path"][0], answers[0]["path"][-1], strict=True)):
-        assert torch.equal(a, b) == (i in NEVER), "what never has a gradient stays, the rest moves"
+        assert torch.equal(a, b) == (i in NEVER), "only parameters that ever have a gradient move"
 
 
 def two_dimensions() -> None:
@@ -159,7 +159,7 @@ def test_parameters_split_twice_are_refused():
 
 
 def unreduced(variant, steps: int, which: set[int]) -> None:
-    """A step, some passes of which keep their gradients to themselves."""
+    """A step in which the passes `which` do not reduce their gradients."""
     net = sharded_net()
     optimizer = optimizer_of(variant, net)
     for k in range(steps):
@@ -188,7 +188,7 @@ def test_a_pass_that_does_not_reduce_is_refused(variant, which):
 
 
 def peak_of_a_step(variant, bucket: int) -> tuple[int, int, int]:
-    """Bytes of the momentum that this rank keeps, of the whole model's, and the most that a step holds beside it."""
+    """Bytes of this rank's momentum, of the full model's, and the most that a step holds in addition."""
     net = nn.Sequential(*(nn.Linear(32, 32, bias=False) for _ in range(32))).double()
     fully_shard(net, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
     optimizer = LAYERWISE[variant][0](net.parameters(), lr=0.1)

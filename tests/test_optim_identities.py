@@ -1,4 +1,4 @@
-"""How the algorithms are related to each other and to their published relatives, and what goes wrong in other code."""
+"""Identities between the algorithms and with published ones, and mistakes that other code has made."""
 
 import copy
 import itertools
@@ -118,7 +118,7 @@ def test_with_beta_zero_mvr2_and_mvr3_are_mvr1_with_beta_one_minus_q(flush, bias
 
 
 def test_beta_and_one_minus_q_can_be_swapped_in_mvr3():
-    """Without bias correction and at γ = 1. With it they cannot, nor in MVR-2."""
+    """Only without bias correction and at γ = 1; not with bias correction, and not in MVR-2."""
     settings = {"momentum": BETA, "q": Q}, {"momentum": 1 - Q, "q": 1 - BETA}
     whole = [path_of(GluonMVR3, gamma=1.0, bias_correction=False, **s) for s in settings]
     assert path_distance(*whole) < 1e-12
@@ -148,8 +148,8 @@ def test_single_batch_is_momentum_that_compares_with_the_last_gradient(gamma):
 @pytest.mark.parametrize("scale, rule", [("muon", "original"), ("moonlight", "match_rms_adamw")])
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_torch_muon_from_the_first_step_on(nesterov, scale, rule):
-    """torch's product is in bfloat16, which is what the 2% are for. γ = 1-β in SingleBatchMVR is Nesterov momentum, once
-    both averages have the same weights: torch does not correct the average inside it."""
+    """The tolerance is 2% because torch multiplies in bfloat16. SingleBatchMVR with γ = 1-β is Nesterov momentum, here without
+    bias correction because torch has none."""
     start = [gaussian(*s, dtype=torch.float32) for s in [(16, 16), (32, 16), (16, 48)]]
     ours, theirs = ([nn.Parameter(w.clone()) for w in start] for _ in range(2))
     options = {"lr": 0.02, "momentum": 0.95, "weight_decay": 0.1}
@@ -162,7 +162,7 @@ def test_torch_muon_from_the_first_step_on(nesterov, scale, rule):
     for k in range(12):
         for i, (p, q) in enumerate(zip(ours, theirs, strict=True)):
             g = gaussian(*p.shape, seed=100 * k + i, dtype=torch.float32)
-            if nesterov and k == 0:  # then a first gradient taken whole and an average from zero agree
+            if nesterov and k == 0:  # so that the averages agree: ours starts at g_0, torch's at zero
                 g.zero_()
             p.grad, q.grad = g.clone(), g.clone()
         optimizer.step()
@@ -191,13 +191,13 @@ def test_bias_correction_is_an_average_that_starts_from_zero(schedule, norm):
 
 @variants
 def test_bias_correction_makes_the_momentum_unbiased(variant):
-    """Equal gradients give M = g from the first step on, and without bias correction too: both take the first one whole."""
+    """Equal gradients give M = g from the first step on, without bias correction too, because M starts at g_0."""
     for bias_correction in (True, False):
         p, g = parameter(1.0, 2.0), vector(3.0, -4.0)
         optimizer = VARIANTS[variant]([p], momentum=BETA, norm="rms", bias_correction=bias_correction)
         for _ in range(5):
             optimizer.step(Script([p], [g], [g]))
-            share = 1 - GAMMA if variant == "previous_batch" else 1.0  # its correction of the next step is folded already
+            share = 1 - GAMMA if variant == "previous_batch" else 1.0  # it has already folded the next step's correction
             assert torch.allclose(momentum(optimizer, p), share * g, rtol=1e-14)
 
 
@@ -214,7 +214,7 @@ def test_bias_correction_changes_the_trajectory():
 @corrections
 @variants
 def test_values_of_a_second_step(variant, bias_correction):
-    """So that β, γ and q in each other's place, or an overwritten gradient, cannot pass."""
+    """These values detect swapped β, γ and q, and an overwritten gradient."""
     beta, gamma, q, lr = 0.9, 0.25, 0.4, 0.1
     p = parameter(5.0, 7.0)
     g0, hat, g1 = vector(1.0, 0.5), vector(0.25, 2.0), vector(-0.5, 3.0)
@@ -243,7 +243,7 @@ def test_values_of_a_second_step(variant, bias_correction):
 @corrections
 @variants
 def test_the_first_gradient_has_full_weight(variant, bias_correction):
-    """Neither (1-β) g, nor inflated by a correction against zeros."""
+    """M_0 is g, not (1-β) g, and is not corrected against zeros."""
     p, g, hat = parameter(1.0, 2.0, 3.0), vector(3.0, -4.0, 1.0), vector(0.5, 0.5, 9.0)
     optimizer = VARIANTS[variant]([p], lr=0.1, momentum=BETA, norm="rms", bias_correction=bias_correction)
     before = p.detach().clone()
@@ -279,7 +279,7 @@ def test_momentum_does_not_alias_a_gradient(variant):
 
 @variants
 def test_gradients_are_not_written_to(variant):
-    """Somebody else may hold them."""
+    """Other code may hold them."""
     net, held, kept = Net(), [], []
     optimizer = make(variant, net)
 
@@ -296,7 +296,7 @@ def test_gradients_are_not_written_to(variant):
 @pytest.mark.parametrize("polar", ["polar_express", "newton_schulz"])
 @pytest.mark.parametrize("variant", [*VARIANTS, "muon_mvr"])
 def test_no_step_waits_for_the_device(variant, polar):
-    """Meta tensors have no values: whatever asks for one, as `if norm > 1` does, raises."""
+    """Meta tensors have no values, so code that reads one, such as `if norm > 1`, raises."""
     net = Net().to("meta")
     optimizer = make(variant, net, polar=polar)
     for _ in range(3):
@@ -312,7 +312,7 @@ def test_no_step_waits_for_the_device(variant, polar):
 
 
 def estimation_error(cls, lr, **options):
-    """The mean distance between M and the true gradient on a quadratic whose curvature is noisy, from step 100 on."""
+    """The mean distance between M and the true gradient from step 100 on, on a quadratic with noisy curvature."""
     generator = torch.Generator().manual_seed(0)
     p = nn.Parameter(torch.randn(20, dtype=torch.float64, generator=generator))
     optimizer = cls([p], lr=lr, momentum=0.97, norm="rms", **options)
@@ -331,7 +331,7 @@ def estimation_error(cls, lr, **options):
 
 
 def test_a_full_correction_pays_only_at_small_steps():
-    """γ = 1 at a large β: the noise of g - ĝ grows with the step and lives 1/(1-β) steps. That is the algorithm, not a bug."""
+    """With γ = 1 and a large β, the noise of g - ĝ grows with the step and lasts 1/(1-β) steps. This is not a bug."""
     assert estimation_error(GluonMVR1, 0.01, gamma=1.0) < 0.7 * estimation_error(Gluon, 0.01)
     assert estimation_error(GluonMVR1, 0.3, gamma=1.0) > 1.3 * estimation_error(GluonMVR1, 0.3, gamma=0.1)
 
@@ -340,7 +340,7 @@ def test_a_full_correction_pays_only_at_small_steps():
 
 
 def test_passes_and_deferred_of_the_classes():
-    """The trainer asks these, never the name."""
+    """The trainer uses these, never the class's name."""
     facts = {cls: (cls.deferred, cls.passes) for cls in (Gluon, SingleBatchMVR, PreviousBatchMVR, MuonMVR)}
     assert facts == {Gluon: (False, 1), SingleBatchMVR: (False, 1), PreviousBatchMVR: (False, 2), MuonMVR: (False, 1)}
     assert {(cls.deferred, cls.passes) for cls in (GluonMVR1, GluonMVR2, GluonMVR3)} == {(True, 2)}

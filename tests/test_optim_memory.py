@@ -1,4 +1,4 @@
-"""What a step holds: the weights, the momentum (and d), one gradient, and a bucket on its way."""
+"""The memory of a step: the weights, the momentum (and d), one gradient, and one bucket in flight."""
 
 import gc
 
@@ -14,7 +14,7 @@ from optim import buckets
 
 
 class Census(TorchDispatchMode):
-    """The most bytes that were alive at once among `tensors` and what is computed inside; `now` for those that still are."""
+    """`peak`: the most bytes alive at once among `tensors` and the tensors computed inside. `now()`: those still alive."""
 
     def __init__(self, tensors):
         super().__init__()
@@ -42,7 +42,7 @@ LAYERS = 8
 
 
 def memory(variant, norm, shape):
-    """(peak during, held after) a step, in units of all the weights."""
+    """(peak during a step, held after it), in units of the bytes of all weights."""
     torch.manual_seed(0)
     net = nn.ModuleList([nn.Linear(*shape[:: (-1) ** i], bias=False) for i in range(LAYERS)])
     if variant == "muon_mvr":
@@ -68,13 +68,13 @@ def memory(variant, norm, shape):
 
 
 def buffers(variant, norm):
-    """M; d or AdamW's second moment; what MuonMVR compares with."""
+    """The number of buffers: M, and d or AdamW's second moment or MuonMVR's last gradient."""
     return 2 if norm == "adamw" or variant in ("mvr2", "mvr3", "muon_mvr") else 1
 
 
 @pytest.mark.parametrize("norm", ["spectral", "sign", "colnorm", "frobenius", "adamw"])
 def test_no_variant_needs_more_than_its_buffers_and_one_gradient(norm, monkeypatch):
-    """Measured with one parameter a bucket, so that what is held beside weights, buffers and one gradient is small."""
+    """Measured with one parameter per bucket, so that only weights, buffers and one gradient are large."""
     monkeypatch.setattr(buckets, "CPU_BUCKET_ELEMENTS", 1)
     for variant in VARIANTS:
         peak, held = memory(variant, norm, (64, 192))
@@ -85,7 +85,7 @@ def test_no_variant_needs_more_than_its_buffers_and_one_gradient(norm, monkeypat
 
 @pytest.mark.parametrize("norm", ["spectral", "sign", "adamw"])
 def test_two_passes_cost_no_memory(norm):
-    """At the peak they are as Gluon, with any size of buckets."""
+    """Their peak is that of Gluon, with the default buckets."""
     peak, held = memory("gluon", norm, (64, 64))
     for variant in ("mvr1", "mvr2", "mvr3", "previous_batch"):
         other_peak, other_held = memory(variant, norm, (64, 64))
@@ -99,7 +99,7 @@ def test_muon_mvr_keeps_one_gradient_more():
 
 @pytest.fixture
 def only_new_objects():
-    """Python's collector lists what is made in the test, not the hundred thousands of objects from before."""
+    """Python's collector lists only objects made in the test, not the hundreds of thousands from before."""
     gc.freeze()
     yield
     gc.unfreeze()
@@ -113,7 +113,7 @@ def parameter_sized(shape):
 @pytest.mark.parametrize("variant", ALL)
 @pytest.mark.usefixtures("only_new_objects")
 def test_live_tensors_between_steps(variant):
-    """Another way to count: no copy of weights or gradients anywhere."""
+    """A second count: there is no copy of weights or gradients."""
     shape = torch.Size((17, 23))
     p = nn.Parameter(torch.ones(shape))
     optimizer = make(variant, nn.ParameterList([p])) if variant == "muon_mvr" else VARIANTS[variant]([p])
@@ -125,7 +125,7 @@ def test_live_tensors_between_steps(variant):
 @two_passes
 @pytest.mark.usefixtures("only_new_objects")
 def test_passes_share_one_gradient(variant):
-    """When a pass begins, nothing of the other one's gradient is alive."""
+    """When a pass begins, the other pass's gradient is no longer alive."""
     shape = torch.Size((19, 29))
     p = nn.Parameter(torch.ones(shape))
     optimizer = VARIANTS[variant]([p])

@@ -47,7 +47,7 @@ def rank_of(rank: int, world: int):
 
 @pytest.fixture(scope="module")
 def weights():
-    """The embedding and the matrices of the blocks, with a gradient beside them."""
+    """The embedding and the matrices of the blocks."""
     with torch.no_grad():
         net = GPT(GPTConfig())
     blocks = list(net.blocks.parameters())
@@ -105,9 +105,9 @@ def test_momentum_is_spread_evenly(weights, world):
 
 @pytest.mark.parametrize("world", [8, 64])
 def test_a_step_with_fsdp2_is_an_all_to_all_each_way(weights, world):
-    """Of the matrices alone: the momenta's pieces to their owners, and the directions' back, with a flag per piece."""
+    """Only for matrices: the momenta's pieces go to the owners and the directions' pieces back, with a flag per piece."""
     size = 2 if has_bfloat16_units(torch.device("cpu")) else 4
-    me = 0  # which owns some of each shape (the fake group refuses an empty message)
+    me = 0  # this rank owns matrices of each shape (the fake group refuses an empty message)
     with rank_of(me, world), mock.patch.object(importlib.import_module("optim.polar"), "_STEPS", 0):
         mesh = init_device_mesh("cpu", (world,))
         sharded = {}

@@ -17,7 +17,7 @@ from optim.polar import METHODS, has_bfloat16_units, polar, work_dtype
 settings.register_profile("optim", deadline=None, derandomize=True, max_examples=60, database=None)
 settings.load_profile("optim")
 
-# What one rounding to the dtype, or an exact algorithm in it, leaves.
+# The error of one rounding to the dtype, or of an exact algorithm in it.
 ROUNDING = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2**-7}
 SHAPES = st.one_of(
     st.tuples(st.integers(1, 9), st.integers(1, 12)),
@@ -97,7 +97,7 @@ def test_inputs_are_not_modified(name, data):
 @names
 @given(data=st.data())
 def test_scale_invariance(name, data):
-    """lmo(s·M) = lmo(M), bit for bit, in float32 too, where the squares of 3e20 and 3e-21 leave its range."""
+    """lmo(s·M) = lmo(M), bit for bit, also in float32, where the squares of 3e20 and 3e-21 are out of range."""
     m = data.draw(tensors((torch.float32, torch.float64), vectors=name not in MATRIX_NORMS))
     method = data.draw(st.sampled_from(["polar_express", "newton_schulz"]))
     norm = get_norm(name, m.shape, polar=method)
@@ -257,7 +257,7 @@ def test_singular_values_within_the_stated_bounds(method, rows, columns, dtype):
     counted = s / s.norm() >= smallest
     assert 30 < counted.sum() < 40
     assert low <= reached[counted].min() and reached[counted].max() <= high
-    assert reached[~counted].min() > 0 and reached[~counted].max() <= high, "what is smaller is not turned round"
+    assert reached[~counted].min() > 0 and reached[~counted].max() <= high, "smaller values keep their sign"
 
 
 @given(seed=st.integers(0, 10**6), shape=st.tuples(st.integers(1, 9), st.integers(1, 12)))
@@ -306,7 +306,7 @@ def test_zero_and_nonzero_matrices_in_one_stack(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_precision(method):
-    """float64 stays float64, and is not float32 in between; half precision is computed in float32 where it is small."""
+    """float64 is computed in float64. Small matrices in half precision are computed in float32."""
     m = gaussian((5, 8))
     assert polar(m, method).dtype == torch.float64
     difference = (polar(m, method) - polar(m.float(), method).double()).abs().max()

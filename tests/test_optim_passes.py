@@ -1,4 +1,4 @@
-"""How steps call closures: how often, at which weights, with which random numbers and gradients, and when one fails."""
+"""How steps call closures: how often, at which weights, with which random numbers and gradients, and after failures."""
 
 from functools import partial
 
@@ -39,7 +39,7 @@ from torch._dynamo.testing import CompileCounter
     [("gluon", 6), ("single_batch", 6), ("mvr1", 11), ("mvr2", 11), ("mvr3", 11), ("previous_batch", 12), ("muon_mvr", 6)],
 )
 def test_the_passes_of_six_updates(variant, passes):
-    """2K - 1 for MVR-1, -2, -3: the first step has no previous weights. `step` returns what the counting pass returned."""
+    """2K - 1 for MVR-1, -2, -3, because the first step has no previous weights. `step` returns the loss of the pass for g."""
     net = Net()
     optimizer = make(variant, net)
     at = []  # the weights of each pass
@@ -59,7 +59,7 @@ def test_the_passes_of_six_updates(variant, passes):
         assert calls == (2 if variant == "previous_batch" or (variant in DEFERRED and k) else 1)
         if variant in DEFERRED:
             assert number == len(at), "the loss is that of the second pass"
-            assert torch.equal(loss, net(batch(k))), "which is at the weights that the model holds"
+            assert torch.equal(loss, net(batch(k))), "it is at the model's present weights"
             assert same(at[first], before) and same(at[-1], weights(net))
         else:
             assert number == first + 1, "the loss is that of the first pass"
@@ -79,7 +79,7 @@ def test_a_closure_is_needed(variant):
 
 @variants
 def test_a_closure_without_gradients_is_an_error(variant):
-    """FSDP2 with its gradient sync off looks like this."""
+    """FSDP2 without gradient sync leaves none."""
     net = Net()
     optimizer = make(variant, net)
     before = weights(net)
@@ -89,12 +89,12 @@ def test_a_closure_without_gradients_is_an_error(variant):
     optimizer.step(closure_of(net, 0))
 
 
-# ---- gradients that lie there -----------------------------------------------------------------------------------------------
+# ---- gradients in .grad ------------------------------------------------------------------------------------------------------
 
 
 @variants
 def test_gradients_from_before_are_dropped(variant):
-    """Of an evaluation, say, before the first step or between steps."""
+    """For example those of an evaluation before the first step or between steps."""
     clean, other = Net(), Net()
     first, second = make(variant, clean), make(variant, other)
     for k in range(3):
@@ -119,7 +119,7 @@ def zero_after_backward(net, optimizer):
 
 @two_passes
 def test_a_closure_may_replace_gradients(variant):
-    """Clipping or unscaling into new tensors, for one."""
+    """For example to clip or unscale into new tensors."""
     nets, paths = (Net(), Net()), []
     for net, closure in zip(nets, (closure_of(nets[0], 0), zero_after_backward(nets[1], None)), strict=True):
         optimizer = make(variant, net)
@@ -162,7 +162,7 @@ def test_sparse_gradients_are_refused():
 
 @two_passes
 def test_both_passes_see_the_same_random_numbers(variant):
-    """And afterwards the generator is where one pass leaves it."""
+    """Afterwards the generator's state is that after one pass."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.Linear(8, 2))
     optimizer = VARIANTS[variant](net.parameters(), norm="auto", lr=0.1)
@@ -188,7 +188,7 @@ def test_both_passes_see_the_same_random_numbers(variant):
 
 @two_passes
 def test_the_random_state_is_that_after_the_pass_for_g(variant):
-    """Where the passes draw differently (a branch on the weights), the generator goes on from where g's pass leaves it."""
+    """If the passes draw different amounts (a branch on the weights), the generator continues from the state after g's pass."""
     p = parameter(1.0, 2.0)
     optimizer = VARIANTS[variant]([p], norm="rms")
     for k in range(3):
@@ -218,7 +218,7 @@ def test_steps_inside_no_grad(variant):
 
 @two_passes
 def test_training_and_evaluation_between_steps(variant):
-    """Validation uses the weights that the model holds and leaves the run as it is."""
+    """Validation uses the model's present weights and does not change the run."""
     nets, paths = (Net(), Net()), []
     for net, validates in zip(nets, (False, True), strict=True):
         optimizer = make(variant, net)
@@ -251,7 +251,7 @@ def failing(net, k, at):
 
 @variants
 def test_a_failure_in_the_first_pass_changes_nothing(variant):
-    """The step can be made again, as if nothing had been."""
+    """The step can be repeated as if nothing had happened."""
     nets, ends = (Net(), Net()), []
     for net, fails in zip(nets, (False, True), strict=True):
         optimizer = make(variant, net)
@@ -281,7 +281,7 @@ def fail_in_the_second_pass(optimizer, p, g):
 
 @deferred
 def test_a_failure_in_the_second_pass_restarts_the_momentum(variant):
-    """The update before it is applied and counted; half of a correction must not stay in the momentum."""
+    """The pending update is applied and counted; half of a correction must not stay in the momentum."""
     p, other = parameter(1.0, 2.0), parameter(1.0, 2.0)
     a, b, c, hat = vector(1.0, 0.0), vector(2.0, 1.0), vector(-3.0, 4.0), vector(5.0, 5.0)
     optimizer = VARIANTS[variant]([p], lr=0.1, momentum=BETA, norm="rms")
@@ -291,7 +291,7 @@ def test_a_failure_in_the_second_pass_restarts_the_momentum(variant):
     before = p.detach().clone()
     assert torch.allclose(before, vector(1.0, 2.0) + rms_move(a, 0.1))
     optimizer.flush()
-    assert optimizer.updates == 1 and torch.equal(p, before), "no update of a half-made momentum is pending"
+    assert optimizer.updates == 1 and torch.equal(p, before), "no update of an unfinished momentum is pending"
     script = Script([p], [c], [hat])
     optimizer.step(script)
     assert script.calls == 1 and torch.allclose(momentum(optimizer, p), c, rtol=1e-14)
@@ -309,7 +309,7 @@ def test_a_failure_in_the_second_pass_restarts_the_momentum(variant):
 
 
 def test_a_failure_in_the_second_pass_of_previous_batch():
-    """The first pass and the update are whole; the next step has nothing to compare with and is Gluon's."""
+    """The first pass and the update are complete. The next step has nothing to compare with, so it is Gluon's."""
     p = parameter(1.0, 2.0)
     a, b, c, hat = vector(1.0, 0.0), vector(2.0, 1.0), vector(-3.0, 4.0), vector(0.5, 3.0)
     optimizer = VARIANTS["previous_batch"]([p], lr=0.1, momentum=BETA, norm="rms", bias_correction=False)
@@ -359,7 +359,7 @@ def test_a_compiled_model(variant):
 @pytest.mark.parametrize("whole", [False, True], ids=["step", "caller"])
 @pytest.mark.parametrize("variant", [*VARIANTS, "muon_mvr"])
 def test_a_compiled_step(variant, whole):
-    """torch.compile(optimizer.step), or of a function that calls it: the step itself stays outside of what is compiled."""
+    """torch.compile of optimizer.step, or of a function that calls it, leaves the step itself uncompiled."""
     torch._dynamo.reset()
     counter = CompileCounter()
     nets, paths = (Net(), Net()), []

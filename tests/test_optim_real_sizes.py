@@ -1,4 +1,4 @@
-"""At real sizes, two ranks under DDP are one process: GPT-124M, and the trainer beyond DDP's first bucket."""
+"""At real sizes, two ranks under DDP agree with one process: GPT-124M, and the trainer beyond DDP's first bucket."""
 
 import importlib
 from contextlib import contextmanager
@@ -29,8 +29,8 @@ def ranks():
 
 @contextmanager
 def one_core_and_no_iterations():
-    """The polar factor is tested elsewhere; without its iterations the same messages travel, and the test is three times as
-    fast. One thread sums in the same order in every process."""
+    """Without the polar factor's iterations, which are tested elsewhere, the messages are the same and the test is three times
+    as fast. One thread sums in the same order in every process."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with mock.patch.object(importlib.import_module("optim.polar"), "_STEPS", 0):
@@ -39,7 +39,7 @@ def one_core_and_no_iterations():
 
 
 def run(variant: str, file: str) -> dict:
-    """Train on one sequence a rank, or on both; the first (one process) saves the weights, the ranks compare with them."""
+    """Train on one sequence per rank, or on both in one process, which saves its weights. The ranks compare with them."""
     with one_core_and_no_iterations():
         torch.manual_seed(0)
         net = GPT(GPTConfig())
@@ -90,13 +90,13 @@ def test_two_ranks_are_one_process(ranks, variant, tmp_path):
     assert {a["updates"] for a in answers} == {alone["updates"]} == {STEPS}
     mean = [sum(losses) / 2 for losses in zip(*(a["losses"] for a in answers), strict=True)]
     assert mean == pytest.approx(alone["losses"], rel=1e-6)
-    # Of the way that each parameter has gone. Both sums have two terms, so they are the same in float32 as well.
+    # Relative to the distance that each parameter has moved. Both sums have two terms, so float32 gives the same.
     assert max(a["furthest"] for a in answers) < 1e-6
 
 
 @pytest.mark.parametrize("variant", ["mvr2", "previous_batch"])
 def test_the_trainer_beyond_ddps_first_bucket(trainer, variant):  # noqa: F811
-    """Three of its parameters are larger than the first bucket's 1 MiB, so DDP builds its buckets anew after a step."""
+    """Three of its parameters are larger than the first bucket's 1 MiB, so DDP rebuilds its buckets after a step."""
     options = f"--optimizer {variant} --vocab-size 1000 --d-model 256 --n-layer 1 --steps 4"
     alone = trainer.run(f"{variant}-1", options).ok()
     two = trainer.run(f"{variant}-2", options, ranks=2).ok()

@@ -1,5 +1,5 @@
-"""Every optimizer is held to the plain float64 formulas with a copy of the previous weights: the same weights after every
-step, over 50 steps, for all norms at once."""
+"""Every optimizer against the plain float64 formulas with a copy of the previous weights: the same weights after each of 50
+steps, for all norms at once."""
 
 import functools
 import itertools
@@ -98,7 +98,7 @@ ZEROING = (zero_to_none, zero_in_place, zero_some)
 
 
 def run(variant, schedule, decay, bias_correction, scenario="plain", zeroes=False):
-    """X_0 … X_K of the optimizer; X_k is read when `updates` has come to k."""
+    """X_0 … X_K of the optimizer; X_k is read when `updates` is k."""
     params = [w.clone().requires_grad_() for w in START]
     groups = [{"params": [p for p, n in zip(params, NORM_OF, strict=True) if n == norm], "norm": norm} for norm in SHAPES]
     moving = {"momentum" if name == "beta" else name: value for name, value in SCHEDULES[schedule].items()}
@@ -173,13 +173,13 @@ def test_flushes_missing_gradients_and_dropout(variant, scenario, bias_correctio
 
 @variants
 def test_closures_may_zero_gradients(variant):
-    """What a pass found in `.grad` was dropped before, so a gradient that is missing stays missing, not zero."""
+    """The optimizer empties `.grad` before each pass, so a missing gradient stays missing and does not become zero."""
     setting = (variant, "moving", 0.1, True, "missing")
     assert_path(run(*setting, zeroes=True), expected(*setting))
 
 
 def test_the_settings_distinguish_the_variants():
-    """Otherwise a wrong class, or one option in the place of another, could pass for the right one."""
+    """Otherwise a wrong class or swapped options could pass the tests above."""
     ends = {
         (variant, schedule, bias, scenario): expected(variant, schedule, 0.1, bias, scenario)[-1]
         for variant in CLASSES

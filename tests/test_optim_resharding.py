@@ -1,4 +1,4 @@
-"""State goes anywhere: whole on every rank, one rank's part of it, other numbers of ranks, torch.distributed.checkpoint."""
+"""State on other numbers of ranks: the full state, one rank's share of it, torch.distributed.checkpoint."""
 
 import functools
 
@@ -28,7 +28,7 @@ WORLDS = (1, 2, 3, 4)
 
 
 def stop(kind: str, variant, steps: int, whole: bool = True) -> dict:
-    """Train some steps; the weights and a state_dict of the optimizer."""
+    """Train some steps. Returns the weights and a state_dict of the optimizer."""
     net, model = parallel_net(kind)
     optimizer = optimizer_of(variant, net)
     for k in range(steps):
@@ -40,7 +40,7 @@ def stop(kind: str, variant, steps: int, whole: bool = True) -> dict:
 
 def go_on(variant, steps: int, saved: dict) -> dict:
     net, model = parallel_net("ddp")
-    optimizer = optimizer_of(variant, net, decay=0.7)  # what is loaded has another
+    optimizer = optimizer_of(variant, net, decay=0.7)  # the loaded state has another
     net.load_state_dict(saved["weights"])
     optimizer.load_state_dict(saved["state"])
     path = [weights(net)]
@@ -87,7 +87,7 @@ def test_every_rank_gets_the_full_state(variant):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_full_state_loads_on_any_number_of_ranks(variant):
-    """A rank takes what it owns of it."""
+    """Each rank takes the part that it owns."""
     for steps, saver, loaders in ((0, 2, (3,)), (1, 4, (1, 3)), (3, 3, WORLDS), (3, 1, (2, 3))):
         saved = stopped("ddp", variant, steps, saver)[-1]
         for world in loaders:
@@ -122,7 +122,7 @@ def test_the_share_of_one_rank_is_refused(variant):
 
 
 def through_a_file(variant, steps: int, folder: str) -> dict:
-    """Each rank saves its own state_dict and a new optimizer loads it, as in many a script."""
+    """Each rank saves its own state_dict and a new optimizer loads it, as many scripts do."""
     net, model = parallel_net("ddp")
     optimizer = optimizer_of(variant, net)
     for k in range(steps):

@@ -1,4 +1,4 @@
-"""Every scheduler of torch moves every class, with the learning rate as a number and as a tensor."""
+"""Every scheduler of torch works with every class, with the learning rate as a number and as a tensor."""
 
 import copy
 
@@ -44,7 +44,7 @@ def scheduled(variant, build, lr):
     """The weights, and the lr and momentum of each step and group, under a scheduler."""
     net = Net()
     optimizer = make(variant, net, lr=lr)
-    for group in optimizer.param_groups:  # a scheduler that multiplies in place would meet a tensor that groups share twice
+    for group in optimizer.param_groups:  # a scheduler that multiplies in place would change a shared tensor twice
         group["lr"] = copy.copy(lr) if isinstance(lr, float) else lr.clone()
     schedule = build(optimizer)
     settings = []
@@ -57,7 +57,7 @@ def scheduled(variant, build, lr):
 
 
 def by_hand(variant, settings):
-    """The same with settings that are written into the groups."""
+    """The same run with the settings written into the groups by hand."""
     net = Net()
     optimizer = make(variant, net, lr=0.02)
     for k, row in enumerate(settings):
@@ -70,7 +70,7 @@ def by_hand(variant, settings):
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_schedulers(name):
-    """Every class takes each step with what the scheduler says then, which torch's SGD agrees with; lr as a tensor too."""
+    """Every class takes each step with the scheduler's values at that step, which agree with those for torch's SGD."""
     reference = torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.02, momentum=0.8)
     schedule, expected = SCHEDULERS[name](reference), []
     for k in range(STEPS):
@@ -78,7 +78,7 @@ def test_schedulers(name):
         reference.step()
         schedule.step(*[float(k)] * isinstance(schedule, lr_scheduler.ReduceLROnPlateau))
     assert len({lr for lr, _ in expected}) > 1, "the schedule moves"
-    for variant in ("gluon", "mvr3", "previous_batch", "muon_mvr"):  # every order of passes, and the other interface
+    for variant in ("gluon", "mvr3", "previous_batch", "muon_mvr"):  # every order of passes, and MuonMVR's interface
         end, settings = scheduled(variant, SCHEDULERS[name], 0.02)
         assert all(pair == row_pair for pair, row in zip(expected, settings, strict=True) for row_pair in row), variant
         assert same(end, by_hand(variant, settings)), variant
@@ -90,7 +90,7 @@ def test_schedulers(name):
 @pytest.mark.parametrize("name", ["OneCycleLR", "CyclicLR"])
 @all_classes
 def test_cycles_move_the_momentum(variant, name):
-    """torch cycles `betas` wherever they stand in the defaults, and then never the momentum."""
+    """torch cycles `betas` instead of the momentum if the defaults have them, so ours must not."""
     net = Net()
     optimizer = make(variant, net)
     assert "betas" not in optimizer.defaults
@@ -106,7 +106,7 @@ def test_cycles_move_the_momentum(variant, name):
 
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if v != "gluon"])
 def test_gamma_and_q_can_be_scheduled(variant):
-    """What is written into the groups before a step holds for it (the values: test_optim_reference.py)."""
+    """A value written into the groups before a step is used in it (test_optim_reference.py checks the results)."""
     for option, value in VARIANTS[variant].keywords.items():
         nets, ends = (Net(), Net()), []
         for net, scheduled_value in zip(nets, (value, value / 2), strict=True):

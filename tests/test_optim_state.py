@@ -1,4 +1,4 @@
-"""State: it can be saved at any moment, in every way that torch has, and goes on bit for bit."""
+"""State can be saved at any moment, in every way that torch offers, and training continues bit for bit."""
 
 import copy
 import io
@@ -50,7 +50,7 @@ def by_state_dict(net, optimizer, variant, whole=False):
     model_state, state = torch.load(file, weights_only=True)
     other = Net()
     other.load_state_dict(model_state)
-    fresh = make(variant, other, weight_decay=0.9)  # what is loaded has another
+    fresh = make(variant, other, weight_decay=0.9)  # the loaded state has another
     fresh.load_state_dict(state)
     return other, fresh
 
@@ -79,7 +79,7 @@ WAYS = {
 @pytest.mark.parametrize("way", WAYS)
 @variants
 def test_round_trip_in_mid_run(variant, way, done, bias_correction):
-    """Before and after the first step, a pending update included: the same trajectory, bit for bit."""
+    """The same trajectory bit for bit, from before and after the first step, also with a pending update."""
     net = Net()
     optimizer = make(variant, net, weight_decay=0.2, bias_correction=bias_correction)
     for k in range(done):
@@ -102,7 +102,7 @@ def test_round_trip_after_a_flush(variant):
 
 @all_classes
 def test_the_initial_state_has_every_key(variant):
-    """Where it did not, torch.distributed.checkpoint would take a step with zero gradients."""
+    """Otherwise torch.distributed.checkpoint would take a step with zero gradients."""
     net = Net()
     optimizer = make(variant, net)
     before = weights(net)
@@ -161,7 +161,7 @@ def test_low_precision_parameters_keep_float32_momentum(variant, dtype):
     assert losses[-1] < losses[0] and all(p.dtype == dtype for p in net.parameters())
     saved = copy.deepcopy(optimizer.state_dict())
     rounded = [torch.equal(s["momentum_buffer"], s["momentum_buffer"].to(dtype).float()) for s in saved["state"].values()]
-    assert not all(rounded), "the momentum is finer than the parameter"
+    assert not all(rounded), "the momentum is more precise than the parameter"
     other = copy.deepcopy(net)
     loaded = VARIANTS[variant]([{"params": [other.weight]}, {"params": [other.bias], "norm": "adamw"}], lr=0.02)
     loaded.load_state_dict(saved)
@@ -210,7 +210,7 @@ def foreign(build, steps):
 )
 @all_classes
 def test_a_state_of_another_optimizer(variant, build, steps):
-    """It is refused with words when it is loaded, or trains; never a KeyError in a later step."""
+    """It is refused when it is loaded, or it trains. It never causes a KeyError in a later step."""
     p = nn.Parameter(torch.eye(2))
     build_ours = partial(make, "muon_mvr", nn.ParameterList([p])) if variant == "muon_mvr" else partial(VARIANTS[variant], [p])
     optimizer = build_ours()
@@ -232,7 +232,7 @@ def test_a_state_of_another_optimizer(variant, build, steps):
 
 @all_classes
 def test_groups_that_lack_a_key(variant):
-    """An older file, or another's: what it does not say stays as it is here."""
+    """In an older file, say. The new optimizer keeps its own value for a missing key."""
     net = Net()
     optimizer = make(variant, net)
     optimizer.step(closure_of(net, 0))
@@ -274,7 +274,7 @@ def test_a_refused_state_changes_nothing():
 
 @all_classes
 def test_files_are_plain(variant):
-    """Numbers, texts, tuples and tensors: torch.load with weights_only, and no warning on the way."""
+    """torch.load with weights_only reads them, without a warning."""
     net = Net()
     optimizer = make(variant, net)
     optimizer.step(closure_of(net, 0))

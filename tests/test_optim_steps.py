@@ -1,4 +1,4 @@
-"""What a step does beside its formula: zeros, missing gradients, first gradients, AdamW groups, pending updates."""
+"""Steps in special cases: zeros, missing gradients, first gradients, AdamW groups, pending updates."""
 
 import copy
 import inspect
@@ -78,7 +78,7 @@ def test_gradients_in_place_or_from_a_closure(variant):
 @pytest.mark.parametrize("norm", NORMS)
 @variants
 def test_zero_gradients(variant, norm, polar):
-    """LMO(0) = 0: the weights only decay; and the next gradient finds a sound state."""
+    """LMO(0) = 0, so the weights only decay, and later gradients work as usual."""
     p = nn.Parameter(torch.arange(1.0, 7.0).reshape(2, 3))
     start = p.detach().clone()
     optimizer = VARIANTS[variant]([p], lr=0.1, weight_decay=0.5, norm=norm, polar=polar)
@@ -95,7 +95,7 @@ def test_zero_gradients(variant, norm, polar):
 @pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0,), (0, 2, 3)])
 @all_classes
 def test_empty_parameters(variant, shape):
-    """They are carried along, beside others of their group and in a group of their own."""
+    """They are accepted next to other parameters and in a group of their own."""
     p, empty, lone = nn.Parameter(torch.ones(2, 3)), nn.Parameter(torch.ones(shape)), nn.Parameter(torch.ones(shape))
     optimizers = [VARIANTS[variant]([p, lone], norm="auto")] if variant != "muon_mvr" else []
     if variant != "muon_mvr":
@@ -120,7 +120,7 @@ def test_an_empty_matrix_in_every_norm(norm):
     assert optimizer.updates == 2
 
 
-# ---- where there are no previous weights ----------------------------------------------------------------------------------
+# ---- steps without previous weights ---------------------------------------------------------------------------------------
 
 # The weight of the past in the k-th average with bias correction.
 CORRECTED = [BETA * (1 - BETA**k) / (1 - BETA ** (k + 1)) for k in range(4)]
@@ -167,7 +167,7 @@ def test_flush_before_the_first_step(variant):
 
 
 def late(variant, b, hat, c):
-    """M of a parameter whose first gradient is b, and then c, compared with hat; and M before the correction of c's step."""
+    """The LMO's input for a parameter whose first gradient is b and whose second is c, compared with hat."""
     beta, rest = CORRECTED[1], (1 - Q) / (2 - Q)
     plain = beta * b + (1 - beta) * c
     d = c + rest * (b - hat)
@@ -183,7 +183,7 @@ def late(variant, b, hat, c):
 
 @variants
 def test_a_group_added_later(variant):
-    """Its first pass at the old weights does not count; the index of the weights is one for all groups."""
+    """The new group's first gradient at the old weights does not count. All groups have the same number of updates."""
     p, q = parameter(1.0, 2.0), parameter(3.0, 4.0)
     a, b, c = (gaussian(2, seed=k) for k in range(3))
     wrong, hat = vector(9.0, -9.0), vector(-5.0, 6.0)
@@ -203,12 +203,12 @@ def test_a_group_added_later(variant):
 
 @variants
 def test_a_first_gradient_that_comes_later(variant):
-    """A parameter that was not used before takes its first gradient whole, too, and its average starts there."""
+    """A parameter that was unused so far also takes its first gradient at full weight, and its average starts there."""
     p, q, one = parameter(1.0, 2.0), parameter(3.0, 4.0), vector(1.0, 1.0)
     b, c, wrong, hat = vector(2.0, 5.0), vector(-1.0, 1.0), vector(9.0, 9.0), vector(0.5, -3.0)
     optimizer = VARIANTS[variant]([p, q], lr=0.1, momentum=BETA, norm="rms")
     before = q.detach().clone()
-    # In the first step q has no gradient, except in a pass that compares: that alone is not a first gradient.
+    # In the first step q has a gradient only in the comparing pass, which does not count as a first gradient.
     optimizer.step(Script([p, q], [one, None], [one, wrong]))
     assert torch.equal(q, before) and not momentum(optimizer, q).any()
     passes = {"gluon": ([b], [c]), "single_batch": ([b], [c]), "previous_batch": ([b, hat], [c, None])}
@@ -262,7 +262,7 @@ def test_none_in_one_pass_is_zero(variant, g, hat):
 
 @all_classes
 def test_a_step_without_gradients_in_place_changes_nothing(variant):
-    """As torch's do; variants of two passes need a closure."""
+    """As in torch. Variants with two passes need a closure."""
     net = Net()
     optimizer = make(variant, net, weight_decay=0.5)
     optimizer.step(closure_of(net, 0))
@@ -283,7 +283,7 @@ def test_a_step_without_gradients_in_place_changes_nothing(variant):
 
 @variants
 def test_adamw_groups_equal_torch(variant):
-    """The pass at other weights is dropped, the update deferred; lr moves; a parameter is unused now and then."""
+    """Also if the pass at other weights is dropped, the update is deferred, lr moves, and a parameter is sometimes unused."""
     start = [gaussian(*s, seed=i) for i, s in enumerate([(3, 4), (5,), ()])]
     ours, theirs = ([nn.Parameter(w.clone()) for w in start] for _ in range(2))
     matrix = nn.Parameter(torch.eye(3, dtype=torch.float64))

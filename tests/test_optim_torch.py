@@ -1,4 +1,4 @@
-"""What people do with an optimizer of torch, done with each of ours."""
+"""Common uses of torch's optimizers, with each of ours."""
 
 import copy
 import gc
@@ -67,7 +67,7 @@ def test_exponential_moving_average(variant):
 
 @bare
 def test_grad_scaler(variant):
-    """A power of two as the scale changes no bit; a step with infinities is left out, momentum and all."""
+    """A scale that is a power of two changes no bit. A step with infinities is skipped and does not change the momentum."""
     plain, scaled = Net(), Net()
     first, second = make(variant, plain), make(variant, scaled)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1000)
@@ -93,7 +93,7 @@ def test_grad_scaler(variant):
 
 @bare
 def test_grad_scaler_and_clipping(variant):
-    """scaler.unscale_, then clip_grad_norm_: the step takes the clipped gradients."""
+    """After scaler.unscale_ and clip_grad_norm_ the step takes the clipped gradients."""
     plain, scaled = Net(), Net()
     first, second = make(variant, plain), make(variant, scaled)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**6)
@@ -155,7 +155,7 @@ def test_a_pre_hook_may_replace_the_closure(variant):
 @pytest.mark.parametrize("prepend", [False, True])
 @all_classes
 def test_hooks_of_loading(variant, prepend):
-    """What a pre-hook returns is what is loaded, buffers included; a post-hook finds it in place."""
+    """The state that a pre-hook returns is loaded, buffers included, before a post-hook runs."""
     net, other = Net(), Net()
     optimizer, loaded = make(variant, net), make(variant, other)
     train(net, optimizer, range(2))
@@ -206,7 +206,7 @@ def test_profiler_names(variant):
 
 @variants
 def test_named_parameters(variant):
-    """The names stay with the groups, through a state_dict too, and change nothing else."""
+    """The names stay with the groups, also through a state_dict, and change nothing else."""
     nets = Net(), Net()
     plain = CLASSES[variant](nets[0].parameters(), norm="auto")
     named = CLASSES[variant](nets[1].named_parameters(), norm="auto")
@@ -237,7 +237,7 @@ def test_groups_from_generators_and_single_tensors(variant):
 
 @all_classes
 def test_late_groups(variant):
-    """A layer that is unfrozen after some steps, as in fine-tuning, with a scheduler and a save in between."""
+    """A layer that is added after some steps, as in fine-tuning, and a save after that."""
     net = Net()
     late = [net.second.weight, net.second.bias]
     early = [p for p in net.parameters() if not any(p is q for q in late)]
@@ -275,7 +275,7 @@ def in_layout(shape, layout):
 @pytest.mark.parametrize("norm", ["spectral", "sign", "colnorm", "frobenius", "adamw"])
 @variants
 def test_layouts(variant, norm, layout):
-    """Weights that are not contiguous move like those that are, whatever their gradients are like, and keep their layout."""
+    """Weights that are not contiguous move like contiguous ones and keep their layout."""
     shape = (4, 3, 2, 2) if layout == "channels_last" else (4, 6)
     ends = []
     for kind in ("contiguous", layout):
@@ -312,11 +312,11 @@ def test_gradients_of_another_dtype(variant):
 
 @all_classes
 def test_frozen_parameters(variant):
-    """requires_grad=False for a while: the parameter and its state stay."""
+    """With requires_grad=False for a while, the parameter does not move."""
     net = Net()
     optimizer = make(variant, net, weight_decay=0.5)
     train(net, optimizer, range(2))
-    if variant == "previous_batch":  # its last step compares already, so one more step is due to that gradient
+    if variant == "previous_batch":  # its last step has already folded a comparison, which moves it once more
         net.first.weight.requires_grad_(False)
         train(net, optimizer, [2])
     net.first.weight.requires_grad_(False)
@@ -330,7 +330,7 @@ def test_frozen_parameters(variant):
 
 @all_classes
 def test_losses_fall(variant):
-    """Each class brings a simple loss down, by a lot."""
+    """Each class reduces a simple loss by a large factor."""
     p, bias = nn.Parameter(gaussian(4, 3)), nn.Parameter(gaussian(4))
     x = gaussian(3, seed=3)
     params = [p, bias]
@@ -355,7 +355,7 @@ def test_losses_fall(variant):
 
 @all_classes
 def test_no_reference_cycles(variant):
-    """An optimizer and its buffers are freed when the last name goes, and a step leaves nothing for the collector."""
+    """An optimizer and its buffers are freed with the last reference, and a step leaves nothing for the collector."""
     net = Net()
     optimizer = make(variant, net)
     closure = closure_of(net, 0)
@@ -385,7 +385,7 @@ def test_it_can_be_printed(variant):
 
 def test_a_subclass_keeps_its_name_and_options():
     class Mine(Gluon):
-        """Somebody's, without a change."""
+        """A subclass without changes."""
 
     net, twin = Net(), Net()
     assert same_path(train(net, Mine(net.groups(), lr=0.02), range(3)), train(twin, Gluon(twin.groups(), lr=0.02), range(3)))

@@ -1,4 +1,4 @@
-"""`pip install .` gives the optimizers as `gluon_mvr`, which needs torch alone."""
+"""`pip install .` installs the optimizers as `gluon_mvr`, which needs only torch."""
 
 import subprocess
 import sys
@@ -39,7 +39,7 @@ print("trained", sys.modules["gluon_mvr"].__file__)
 
 
 def torch_alone(folder):
-    """A folder of links to torch and what it requires, and to nothing else."""
+    """A folder of links to torch and its requirements only."""
     folder.mkdir()
     waiting, seen = ["torch"], set()
     while waiting:

@@ -1,4 +1,4 @@
-"""experiments/rates.py: the recursion against a plain loop, its limits, the slopes' statistics, a quick run end to end."""
+"""experiments/rates.py: the recursion against a plain loop, special cases, the slopes' statistics, a quick run end to end."""
 
 import json
 import math
@@ -23,7 +23,7 @@ def record(problem, arms, horizons, seeds):
 
 
 def plain_loop(problem, arm, K, seed):
-    """One run, written from the table of the variants with lists of everything; returns all X_k, all M_k and X_K."""
+    """One run, written from the formulas and with full histories. Returns all X_k (X_K included) and all M_k."""
     alpha, q, gamma, t, b = rates.schedule(arm, K, problem.radius)
     beta = 1 - alpha
     draws = torch.from_numpy(np.random.default_rng([seed, K]).standard_normal((K, 2, 4, 4)))
@@ -66,7 +66,7 @@ def test_the_batched_recursion_agrees_with_the_plain_loop(problem):
 
 @pytest.mark.parametrize("compares", ["single_batch", "previous_batch"])
 def test_gamma_zero_is_gluon(compares):
-    """Whatever ĝ is: bit for bit."""
+    """Bit for bit, for any ĝ."""
     arms = [rates.Arm(m, 1.0, 1.0) for m in (GLUON, replace(GLUON, compares=compares))]
     _, seen = record(CAUCHY, arms, [64], [0, 1])
     for X, M in seen:
@@ -120,7 +120,7 @@ def test_problems_match_their_descriptions(problem):
 
 @pytest.mark.parametrize("problem", [LOGCOSH, QUARTIC], ids=lambda p: p.name)
 def test_star_convex_problems_satisfy_the_theorem(problem):
-    """Star-convexity along the segment to W; radius, α ≥ b for every arm, horizon; iterates stay in the ball."""
+    """Star-convexity along the segment to W, the radius, α ≥ b for every arm and horizon, and iterates inside the ball."""
     Z = torch.from_numpy(np.random.default_rng(0).standard_normal((2000, 4, 4)))
     for c in (0.1, 0.5, 0.9):
         inside = problem.gap(c * problem.target + (1 - c) * Z)
@@ -160,7 +160,7 @@ def test_schedules_have_the_theorys_powers():
 
 
 def test_a_known_power_law_is_recovered_and_the_interval_covers_it():
-    """y = K^-0.3 times log-normal scatter: the slope is found, and 95% intervals hold it about 95% of the time."""
+    """For y = K^-0.3 times log-normal scatter the slope is found, and 95% intervals cover it about 95% of the time."""
     horizons = [2**e for e in range(6, 17)]
     exact = np.array(horizons, dtype=float) ** -0.3
     one = rates.fit(horizons, np.tile(exact[None, :, None], (1, 1, 4)), resamples=10)
@@ -175,7 +175,7 @@ def test_a_known_power_law_is_recovered_and_the_interval_covers_it():
 
 
 def test_differences_are_paired():
-    """Two methods that differ by a factor alone: their slopes' difference has no scatter at all."""
+    """If two methods differ only by a factor, the difference of their slopes has no scatter."""
     horizons = [2**e for e in range(6, 12)]
     y = np.exp(np.random.default_rng(0).standard_normal((1, 6, 8)))
     f = rates.fit(horizons, np.concatenate([y, 3 * y]), resamples=50)
@@ -184,7 +184,7 @@ def test_differences_are_paired():
 
 
 def test_a_run_does_not_depend_on_the_others():
-    """The same (seed, K) alone and among others."""
+    """The same (seed, K) gives the same run alone and among others."""
     arms = [rates.Arm(MVR3, 1.0, 4.0)]
     together = rates.simulate(CAUCHY, arms, [128, 64], [0, 1, 2])["gap"]
     alone = rates.simulate(CAUCHY, arms, [64], [1])["gap"]

@@ -1,4 +1,4 @@
-"""A cluster that fails: processes that die at any moment, files that are damaged, disks that are full, numbers that blow up."""
+"""Failures of a cluster: processes that die at any moment, damaged files, full disks, numbers that are not finite."""
 
 import errno
 import functools
@@ -39,7 +39,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def undisturbed(trainer):  # noqa: F811
-    """Runs that nothing disturbs, each made once."""
+    """Undisturbed runs, each made once."""
     made = {}
 
     def run(options: str, ranks: int = 1):
@@ -51,7 +51,7 @@ def undisturbed(trainer):  # noqa: F811
 
 
 def at_step(step: int, act) -> None:
-    """Call `act` when a batch is asked for, once."""
+    """Call `act` once, when the batch of this step is requested."""
     batch = BatchLoader.batch
 
     def patched(self: BatchLoader, wanted: int):
@@ -81,7 +81,7 @@ def test_two_kills(trainer, ranks):  # noqa: F811
 
 @pytest.fixture
 def checkpoints(trainer, tmp_path):  # noqa: F811
-    """The checkpoints of steps 3 and 6 of a run, in a folder of their own."""
+    """A copy of the checkpoints of steps 3 and 6 of a run."""
     done = Path(trainer.results) / "to-be-damaged"
     if not done.exists():
         trainer.run("to-be-damaged", f"{MVR2} --checkpoint-every 3 --steps 6").ok()
@@ -119,7 +119,7 @@ DAMAGES = {
     "an older format": edit_state(format=1),
     "a step in words": edit_state(step="six"),
     "no files": edit_state(files={}),
-    "files that are none": edit_state(files=3),
+    "files of another type": edit_state(files=3),
     "a folder for a file": lambda folder: ((folder / "state.json").unlink(), (folder / "state.json").mkdir()),
     "nothing in it": lambda folder: (shutil.rmtree(folder), folder.mkdir()),
     "a file for a folder": lambda folder: (shutil.rmtree(folder), folder.write_text("x")),
@@ -160,7 +160,7 @@ def limit_file_size(size: int) -> None:
 
 
 def full_disk_for_a_while() -> None:
-    """No file can be larger than 600 bytes from step 2 to step 5, in which two checkpoints are due."""
+    """From step 2 to step 5 no file can be larger than 600 bytes; checkpoints are due in that time."""
     at_step(5, functools.partial(limit_file_size, resource.RLIM_INFINITY))
     at_step(2, functools.partial(limit_file_size, 600))
 
@@ -182,7 +182,7 @@ def test_a_disk_that_stays_full_leaves_the_old_checkpoints_intact(trainer, undis
     done = trainer.run("stays-full", f"{MVR2} --checkpoint-every 1", patch=full_disk_to_the_end)
     assert "the last checkpoint could not be written" in done.refusal()
     steps = [read_state(path)["step"] for path in list_checkpoints(done.folder / "checkpoints")]
-    assert steps in ([3, 2], [2, 1])  # that of step 3 was perhaps still being written
+    assert steps in ([3, 2], [2, 1])  # the checkpoint of step 3 may still have been in progress
     trainer.run("stays-full", f"{MVR2} --resume auto").ok().same_as(undisturbed(MVR2))
 
 
@@ -226,7 +226,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
 
 
 def poison(step: int, kind: str, rank: int = 0, passes: tuple[int, ...] = (1, 2), last: int | None = None) -> None:
-    """On one rank, from a step to a last one: an infinite MLP (`layer`), a loss or a gradient that is not finite."""
+    """On one rank, in steps `step` to `last`: an infinite MLP (`layer`), or a loss or gradient that is not finite."""
     state = {"step": -1, "pass": 0, "training": False}
     guarded, look, forward, mlp = FiniteGuard.step, FiniteGuard.look, GPT.forward, MLP.forward
 
@@ -305,7 +305,7 @@ def drop_batch_4() -> None:
     ],
 )
 def test_a_skipped_step_leaves_no_trace(trainer, options, ranks):  # noqa: F811
-    """As if the batch had never been there: for MVR-2 the pending update stays pending."""
+    """The run is the same as without that batch: for MVR-2 the pending update stays pending."""
     name = f"skips-{options.split()[1]}-{ranks}"
     patch = functools.partial(poison, 4, "loss", rank=ranks - 1)
     skipping = trainer.run(name, f"{options} --on-nan skip --val-every 1", ranks=ranks, patch=patch).ok()
@@ -320,7 +320,7 @@ def test_a_skipped_step_leaves_no_trace(trainer, options, ranks):  # noqa: F811
 
 
 def fresh_optimizer(trainer, options: str, start: Path, steps) -> dict[str, torch.Tensor]:  # noqa: F811
-    """The weights after these batches, from a run's last weights on, with an optimizer that has no past."""
+    """The weights after training on these batches from a run's last weights, with a new optimizer."""
     config = load_config(trainer.words("fresh", options))
     model = GPT(GPTConfig(config.vocab_size, config.n_layer, config.n_head, config.d_model, config.seq_len)).double()
     model.load_state_dict(training.checkpoint.load_file(start / "model.safetensors"))
@@ -348,7 +348,7 @@ def assert_close(weights: dict[str, np.ndarray], right: dict[str, torch.Tensor])
 
 @pytest.mark.parametrize("options, ranks", [(MVR2, 1), (MVR3, 2)])
 def test_a_skipped_second_pass_restarts_the_momentum(trainer, options, ranks):  # noqa: F811
-    """The update of the step before is applied by then. The next gradient is the first of a new momentum."""
+    """By then the update of the step before is applied. The next gradient starts a new momentum."""
     name = f"second-pass-{options.split()[1]}-{ranks}"
     patch = functools.partial(poison, 4, "loss", passes=(2,), rank=ranks - 1)
     whole = trainer.run(name, f"{options} --on-nan skip", ranks=ranks, patch=patch).ok()
@@ -377,7 +377,7 @@ class Arrived:
 
 
 def test_on_cuda_flags_are_read_a_step_later_but_before_anything_is_written(monkeypatch):
-    """The order of things, on a CPU: what the copy to the host does is replaced."""
+    """Tests the order of events on a CPU, with a stub for the copy to the host."""
 
     def send(self: FiniteGuard) -> None:
         self._in_flight = self._step, self._flags.clone(), Arrived()
@@ -400,7 +400,7 @@ def test_on_cuda_flags_are_read_a_step_later_but_before_anything_is_written(monk
 
     watching = guard()
     one_step(watching, 0, 1.0)
-    one_step(watching, 1, torch.nan)  # nobody waits for it
+    one_step(watching, 1, torch.nan)  # not read yet
     with pytest.raises(UserError, match="step 1: the gradient of bias is not finite"):
         one_step(watching, 2, 1.0)
     for write in (FiniteGuard.settle, FiniteGuard.check_state):
@@ -506,7 +506,7 @@ leave()
 
 
 def torchrun(*words: str) -> subprocess.CompletedProcess[str]:
-    """The real torchrun with two ranks, which must end well."""
+    """The real torchrun with two ranks, which must exit with 0."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *words]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
@@ -515,7 +515,7 @@ def torchrun(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_ranks_of_torchrun_end_cleanly(trainer, undisturbed):  # noqa: F811
-    """No thread of gloo is left to the interpreter's shutdown, where it would abort the process on busy cores."""
+    """No thread of gloo is alive in the interpreter's shutdown, where it could abort the process."""
     expected = undisturbed(MVR2, 2)
     done = torchrun(str(ROOT / "tests" / "shutdown.py"), str(ROOT / "train_gpt.py"), *trainer.words("clean", MVR2))
     type(expected)([0], done.stdout, done.stderr, trainer.results / "clean").same_as(expected)
@@ -534,7 +534,7 @@ def test_torchrun_restarts_a_killed_rank(trainer, undisturbed, tmp_path):  # noq
 
 @pytest.fixture
 def slurm(tmp_path, trainer):  # noqa: F811
-    """Runs scripts/slurm.sh with our own srun and scontrol, which write down how they were called."""
+    """A function that runs scripts/slurm.sh with stubs for srun and scontrol, which record their calls."""
     stubs = tmp_path / "bin"
     stubs.mkdir()
     calls = tmp_path / "calls"
@@ -574,7 +574,7 @@ def test_slurm_requeues_only_on_the_marker(slurm, tmp_path):
         assert part in call
     assert call.endswith(" ".join(("train_gpt.py", *words, "--resume auto")))
 
-    for code in (0, 1):  # the marker of an earlier job is no reason to requeue for ever
+    for code in (0, 1):  # the marker of an earlier job must not requeue this one
         marker.touch()
         done, calls = slurm(f"exit {code}", *words)
         assert (
@@ -586,7 +586,7 @@ def test_slurm_requeues_only_on_the_marker(slurm, tmp_path):
 
 
 def test_the_warning_of_slurm_reaches_the_ranks_through_torchrun(slurm, trainer, undisturbed):  # noqa: F811
-    """The real torchrun with two ranks, which our srun signals as Slurm would."""
+    """The real torchrun with two ranks, which a stub for srun signals as Slurm would."""
     name, options = "warned", f"{MVR2} --steps 150 --val-every 100"
     folder = trainer.results / name
     srun = f"""shift

@@ -1,4 +1,4 @@
-"""Text from a trained model: the cache, the draws, the command, and what it refuses."""
+"""Text from a trained model: the cache, the draws, the command, and its errors."""
 
 import json
 import math
@@ -28,13 +28,13 @@ def test_the_cache_changes_nothing():
     most, tokens = 24, [256, 5]
     drawn = list(generate(model, tokens, 60, greedy))
     start = 0
-    for token in drawn:  # the whole window again at every token
+    for token in drawn:  # compute the full window again at every token
         if len(tokens) - start > most:
             start = len(tokens) - most // 2
         with torch.no_grad():
             assert greedy(model(torch.tensor([tokens[start:]]))[0, -1]) == token
         tokens.append(token)
-    assert len(set(drawn)) > 5  # no text of one letter, on which every cache is right
+    assert len(set(drawn)) > 5  # any cache would be right on a text of one letter
 
 
 def test_each_token_is_read_once():
@@ -68,7 +68,7 @@ def test_temperature_zero_takes_the_likeliest():
 
 
 def test_draws_follow_the_probabilities():
-    logits = torch.tensor([0.0, 1.0, 2.0, 50.0])  # the last is no token
+    logits = torch.tensor([0.0, 1.0, 2.0, 50.0])  # the last is not a token
     choose = sampler(3, 1.0, 0, 1.0, seed=1)
     counts = torch.bincount(torch.tensor([choose(logits) for _ in range(4000)]), minlength=4) / 4000
     assert counts[3] == 0 and torch.allclose(counts[:3], torch.softmax(logits[:3], 0).float(), atol=0.03)

@@ -1,4 +1,4 @@
-"""experiments/smoothness.py: its estimators on functions whose constants are known, and a run of a few updates."""
+"""experiments/smoothness.py: the estimators on functions with known constants, and a run of a few updates."""
 
 import json
 import math
@@ -80,7 +80,7 @@ def test_fit_refuses_what_is_not_finite():
 
 
 def test_quadratic_has_its_constant_in_the_euclidean_norm():
-    """f = L/2 ‖X - A‖², so the ratio is L wherever it is taken: L0 = L, L1 = 0."""
+    """f = L/2 ‖X - A‖², so the ratio is L everywhere: L0 = L, L1 = 0."""
     norm, target = svd_norm("frobenius"), torch.randn(4, 3, dtype=torch.float64)
     steps = []
     x = torch.zeros(4, 3, dtype=torch.float64)
@@ -106,7 +106,7 @@ def test_quadratic_along_an_lmo_step(name):
 
 
 def test_exponential_has_its_constant_as_l1():
-    """f = exp(c·x): the gradient changes by c times itself a unit, so L0 = 0 and L1 = c."""
+    """f = exp(c·x): the gradient changes by c times itself per unit, so L0 = 0 and L1 = c."""
     norm, c = svd_norm("frobenius", (1, 1)), 0.7
     steps = []
     for x in torch.linspace(3, -3, 40, dtype=torch.float64):
@@ -119,7 +119,7 @@ def test_exponential_has_its_constant_as_l1():
 
 
 def test_noise_of_gradients_and_of_their_differences():
-    """g_b = (1 + s_b) X + n_b: the noise is that of n_b + s_b X, and the difference's that of s_b (X' - X)."""
+    """For g_b = (1 + s_b) X + n_b the noise is n_b + s_b X, and that of the difference is s_b (X' - X)."""
     norm, count = svd_norm("frobenius"), 2000
     x = torch.zeros(4, 3, dtype=torch.float64)
     x2 = x + 0.5 * torch.nn.functional.normalize(torch.randn(12, dtype=torch.float64), dim=0).view(4, 3)
@@ -186,7 +186,7 @@ def test_a_run_and_its_files(short_run, capsys, monkeypatch):
 
 
 def test_the_measured_run_is_the_trainers(short_run):
-    """The measuring does not disturb the run: the losses at the run's weights are those of training by hand."""
+    """Measuring does not change the run: the losses are those of a plain training loop."""
     _, arguments = short_run
     options = arguments[arguments.index("--data-dir") :]
     config = smoothness.load_config(["--config", str(smoothness.ROOT / "configs" / "quickstart_gluon.py"), *options])

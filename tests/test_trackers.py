@@ -1,4 +1,4 @@
-"""Trackers that work, and trackers that block, fail or are not there: training goes on and metrics.jsonl is complete."""
+"""Trackers that work, block, fail or are missing: training continues and metrics.jsonl is complete."""
 
 import json
 import sys
@@ -15,7 +15,7 @@ from training.trackers import Tracker
 
 
 class Stub:
-    """A service that keeps its lines, and does `act` where it is told to."""
+    """A service that keeps its lines and calls `act` in the method `where`."""
 
     def __init__(self, where="", act=lambda: None):
         self.lines, self.ended, self._where, self._act = [], False, where, act
@@ -46,7 +46,7 @@ def raises(error):
 
 @pytest.fixture
 def here(trainer, monkeypatch, capfd):  # noqa: F811
-    """A run in this process with this service in place of W&B: its lines without seconds, and what it said."""
+    """A function that runs the trainer in this process with a service in place of W&B. Returns metrics and stdout."""
 
     def run(name, service, options=""):
         if service is not None:

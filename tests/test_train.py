@@ -1,4 +1,4 @@
-"""The trainer from outside: what a run writes, and that neither the number of ranks nor an interruption changes it."""
+"""The trainer from outside: a run's files, which neither the number of ranks nor an interruption changes."""
 
 import hashlib
 import json
@@ -33,7 +33,7 @@ VARIANTS = {
 
 @pytest.fixture(scope="module")
 def uninterrupted(trainer):  # noqa: F811
-    """Runs that nothing disturbs, each made once: by variant, ranks and further options."""
+    """Uninterrupted runs by variant, ranks and further options, each made once."""
     made: dict[tuple, Done] = {}
 
     def run(variant: str, ranks: int = 1, more: str = "") -> Done:
@@ -95,7 +95,7 @@ def test_metrics_follow_the_contract(uninterrupted, variant):
 
 @pytest.mark.parametrize("variant", ["gluon", "mvr1", "mvr2", "mvr3", "previous_batch", "muon_mvr_exact"])
 def test_update_is_the_index_of_the_weights(uninterrupted, trainer, variant):  # noqa: F811
-    """The losses logged at 3 are those of the weights that a run of 3 updates leaves: on batch 3, and in validation."""
+    """The losses logged at update 3 are those of the final weights of a run of 3 updates, on batch 3 and in validation."""
     of_three = trainer.run(f"{variant}-three", f"{VARIANTS[variant]} --steps 3").ok()
     model = GPT(GPTConfig(61, 2, 2, 16, 16)).double()
     model.load_state_dict(load_file(of_three.folder / "model.safetensors"))
@@ -161,7 +161,7 @@ def test_a_checkpoint_of_two_ranks_resumes_on_one_and_four(uninterrupted, traine
         assert_close(done, uninterrupted(variant), 1e-9)
 
 
-# ---- going on
+# ---- resuming
 
 
 @pytest.mark.parametrize(
@@ -250,7 +250,7 @@ def test_newest_checkpoints_and_milestones_are_kept(trainer):  # noqa: F811
 
 
 def slowly() -> None:
-    """Give a signal the time to come in the middle of a run."""
+    """Slow the run down, so that a signal arrives in the middle."""
     batch = BatchLoader.batch
 
     def slow(self: BatchLoader, step: int):
@@ -288,7 +288,7 @@ def test_a_signal_saves_and_ends_cleanly(trainer, long_run, number, ranks, to): 
     stopped = running.done().ok()
     assert "--resume auto continues from there" in stopped.out and stopped.err == ""
     (checkpoint,) = list_checkpoints(stopped.folder / "checkpoints")
-    # The step that the signal came in, or the one after if it had just been counted.
+    # The step in which the signal came, or the next one.
     assert at <= json.loads((checkpoint / "state.json").read_text())["step"] <= at + 2
     assert not (stopped.folder / "model.safetensors").exists()
     assert (stopped.folder / "requeue").exists() == (number != "SIGINT")
@@ -308,7 +308,7 @@ def test_two_deterministic_runs_are_the_same(trainer):  # noqa: F811
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(trainer: Trainer):  # noqa: F811
-    """A learning rate that throws the weights out of float32 ends in one line, and in no checkpoint of them."""
+    """A learning rate that drives the weights out of float32 ends in one error line, and no checkpoint holds them."""
     done = trainer.run("thrown", "--lr 1e30 --dtype float32 --checkpoint-every 1")
     message = done.refusal()
     assert "finite" in message or "inf" in message or "nan" in message

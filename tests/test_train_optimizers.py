@@ -1,7 +1,6 @@
-"""The trainer with every optimizer: ours by name, torch's and a stranger's by class, MuonMVR in its three modes.
+"""The trainer with every optimizer: ours by name, torch's and a user's by class, MuonMVR in its three modes.
 
-Most runs on several ranks share processes that stay alive (`ranks.Ranks`). Each run has a model, a DDP and an optimizer of its
-own.
+Most runs on several ranks share processes that stay alive (`ranks.Ranks`). Each run has its own model, DDP and optimizer.
 """
 
 import contextlib
@@ -34,7 +33,7 @@ EXACT = ["gluon", "mvr2", "mvr3", "muon_mvr, previous batch", "muon_mvr, previou
 
 
 def train_here(lists: list[list[str]]) -> None:
-    """On one of several ranks: runs of the trainer, one after the other."""
+    """Run the trainer once for each list of words. Called on each of several ranks."""
     from datetime import timedelta
 
     import torch.distributed as dist
@@ -52,7 +51,7 @@ def train_here(lists: list[list[str]]) -> None:
 
 @pytest.fixture(scope="module")
 def several(trainer):  # noqa: F811
-    """Runs on so many ranks, by name and options; what each of them has left."""
+    """A function that trains on several ranks, one run for each name and options. Returns what each run left."""
     processes: dict[int, Processes] = {}
 
     def run(ranks: int, **named: str) -> dict[str, Done]:
@@ -102,13 +101,13 @@ def test_no_two_optimizers_are_the_same(curves):
     assert len({one.metrics[-1]["val_loss"] for one, _ in curves.values()}) == len(curves)
 
 
-# ---- going on, on three ranks and on four
+# ---- resuming, on three ranks and on four
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [3, 4])
 def test_a_resume_is_exact_on_several_ranks(several, ranks):
-    """To the byte of the last weights, from a checkpoint in the middle of the same run."""
+    """From a checkpoint in the middle of a run, the final weights are the same byte for byte."""
     runs = {f"exact{ranks}-{i}": EVERY[kind] for i, kind in enumerate(EXACT)}
     options = "--batch-size 12 --steps 5 --checkpoint-every 3 --keep-checkpoints 9"
     whole = several(ranks, **{name: f"{o} {options}" for name, o in runs.items()})
@@ -134,7 +133,7 @@ def test_a_resume_is_exact_on_several_ranks(several, ranks):
 
 
 def readme_loop(mode: str, model: GPT, optimizer: optim.MuonMVR, batches: list) -> None:
-    """The loops of MUON-MVR's README, with what they keep between the steps."""
+    """The loops of MUON-MVR's README."""
     previous_batch, old_weights = None, None
     for x, y in batches:
         present = {name: value.clone() for name, value in model.state_dict().items()}
@@ -175,7 +174,7 @@ def test_muon_mvr_is_the_loop_of_its_readme(trainer, mode):  # noqa: F811
 
 
 def test_a_last_gradient_recovers_after_a_bad_batch():
-    """The step after a batch that fails compares with that batch and fails too; the one after it does not."""
+    """The step after a bad batch compares with it and fails too; the next step does not."""
     taken = []
 
     def evaluate(batch: str, _: str) -> None:
@@ -225,7 +224,7 @@ def test_a_subclass_next_to_a_config_trains_like_its_base(trainer, tmp_path, nam
     "name, options", [("AdamW", {"betas": [0.8, 0.9], "weight_decay": 0.1}), ("Muon", {"nesterov": False})]
 )
 def test_an_optimizer_of_torch_trains_as_in_torch(trainer, tmp_path, name, options):  # noqa: F811
-    """Its own loop, with the config's options, gives the trainer's weights to the bit."""
+    """A plain loop with the config's options gives the trainer's weights bit for bit."""
     embed = {"lr": 0.0} if name == "Muon" else {"betas": [0.7, 0.9]}
     config = tmp_path / "of_torch.py"
     config.write_text(f"optimizer_options = {options}\nembed_options = {embed}\n")

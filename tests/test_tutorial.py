@@ -1,4 +1,4 @@
-"""docs/tutorial.md as a reader follows it: its commands in a copy of the checkout, with their own words and fewer steps."""
+"""Follows docs/tutorial.md: runs its commands in a copy of the checkout, with fewer steps."""
 
 import json
 import os
