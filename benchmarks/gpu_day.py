@@ -408,7 +408,7 @@ def runs(lab: Lab) -> None:
         for name in ("again", "resumed", "torchrun"):
             weights = load_file(f"{folder}/{name}/model.safetensors")
             lab.check(
-                f"{name}: tensors that differ from the whole run's", sum(not w.equal(weights[n]) for n, w in whole.items()), 0
+                f"{name}: tensors that differ from the first run's", sum(not w.equal(weights[n]) for n, w in whole.items()), 0
             )
 
 

@@ -209,4 +209,4 @@ def test_no_rank_ever_holds_the_full_momentum(variant):
     for own, whole, peak in started(4).run(peak_of_a_step, variant, 4 * 32 * 32):
         assert own == whole / 4
         assert own + peak < 0.75 * whole
-    assert all(own + peak > whole for own, whole, peak in started(4).run(peak_of_a_step, variant, 2**25))  # it counts
+    assert all(own + peak > whole for own, whole, peak in started(4).run(peak_of_a_step, variant, 2**25))  # the count works

@@ -230,7 +230,7 @@ def _flag(name: str) -> str:
 
 
 def _parsed(name: str, text: str) -> Any:
-    """The value of a text. A text that does not parse stays as it is, and the check then refuses it."""
+    """The value of a text. A text that does not parse is returned unchanged, and the check then refuses it."""
     kind = _kind(OPTIONS[name])
     if kind is bool:
         return {"true": True, "false": False}.get(text.lower(), text)
