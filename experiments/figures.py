@@ -84,10 +84,7 @@ def plan(number: int, scale: str, seeds: int, steps: int | None, folders: Folder
     figure = FIGURES[number]
     batch = figure.batch[scale]
     if scale == "mini":
-        common = {
-            "lr": LR, "batch_size": batch, "val_every": 50, "log_every": 50, "checkpoint_every": 500, "keep_checkpoints": 1,
-        }  # fmt: skip
-        config, launcher = CONFIG, ()
+        common, config, launcher = {"lr": LR, "batch_size": batch}, CONFIG, ()
     else:
         common, config, launcher = {}, f"configs/gluon_b{batch}.py", _torchrun()
     length = steps or (figure.steps if scale == "mini" else load_config(["--config", str(ROOT / config)]).steps)
