@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class _ReluSquared(torch.autograd.Function):
         return (root * root).mul_(2)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor) -> Tensor:  # noqa: ANN001
         (root,) = ctx.saved_tensors
         return (grad * root).mul_(4)
@@ -262,6 +264,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss / N
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_loss: Tensor) -> tuple[Tensor, Tensor, None, None]:  # noqa: ANN001
         grad_x, grad_weight = ctx.saved_tensors
         return grad_x * grad_loss.to(grad_x.dtype), (grad_weight * grad_loss).to(grad_x.dtype), None, None

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import model as model_module
-from model import GPT, Cache, GPTConfig, linear_cross_entropy, plain_attention, rotary_table, rotate
+from model import GPT, Cache, GPTConfig, linear_cross_entropy, plain_attention, relu_squared, rotary_table, rotate
 
 SMALL = GPTConfig(vocab_size=61, n_layer=2, n_head=2, d_model=32, seq_len=16)
 
@@ -78,6 +78,16 @@ def test_cross_entropy_gradient_numerically(monkeypatch):
     w = torch.randn(11, 5, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(11, (7,))
     assert torch.autograd.gradcheck(lambda x, w: 3 * linear_cross_entropy(x, w, targets), (x, w))
+
+
+def test_second_derivatives_are_refused_and_not_wrong():
+    x = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(11, 5, dtype=torch.float64)
+    scale = torch.ones((), dtype=torch.float64, requires_grad=True)
+    for y in (relu_squared(x).sum(), linear_cross_entropy(x, w, torch.randint(11, (7,)))):
+        (gradient,) = torch.autograd.grad(y * scale, x, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            gradient.sum().backward()
 
 
 class Watch(torch.utils._python_dispatch.TorchDispatchMode):
