@@ -2,10 +2,12 @@
 
 import json
 import os
+import random
 import signal
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -163,9 +165,12 @@ def _train(words: list[str], environment: dict[str, str], log: Path, patch: Call
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port below the range that connections take theirs from, so that none takes it before the ranks meet there."""
+    for port in random.SystemRandom().sample(range(10_000, 32_000), 100):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("", port))
+            return port
+    raise AssertionError("no free port")
 
 
 def write_data(folder: Path, vocab: int = 61, tokens: int = 20_000) -> Path:
