@@ -32,6 +32,8 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from common.errors import Parser, UserError, one_line_errors
+from common.files import write_text
 from common.tables import aligned, markdown
 from data.shards import write_shard
 from model import GPT, GPTConfig
@@ -468,17 +470,22 @@ def run_section(section: Section, device: str, quick: bool, seconds: float) -> d
     process.start()
     theirs.close()
     result: dict[str, Any] = {"section": section.run.__name__, "notes": {}, "checks": [], "failed": ""}
-    while (left := start + seconds - time.monotonic()) > 0 and ours.poll(left):
-        try:
-            kind, *values = ours.recv()
-        except EOFError:
-            break
-        if kind == "note":
-            result["notes"][values[0]] = values[1]
-        elif kind == "check":
-            result["checks"].append(dict(zip(("what", "value", "most", "passed"), values, strict=True)))
-        else:
-            result["failed"] = values[0]
+    try:
+        while (left := start + seconds - time.monotonic()) > 0 and ours.poll(left):
+            try:
+                kind, *values = ours.recv()
+            except EOFError:
+                break
+            if kind == "note":
+                result["notes"][values[0]] = values[1]
+            elif kind == "check":
+                result["checks"].append(dict(zip(("what", "value", "most", "passed"), values, strict=True)))
+            else:
+                result["failed"] = values[0]
+    except BaseException:  # Ctrl-C
+        process.kill()
+        end(process, at_once=True)
+        raise
     late = time.monotonic() >= start + seconds
     end(process, at_once=not late)
     if not result["failed"] and (late or process.exitcode):
@@ -520,19 +527,19 @@ def write(out: Path, results: list[dict[str, Any]], command: str) -> None:
         title = f"## {result['section']} ({result['seconds']} s)\n"
         parts.append(title + (f"\n{markdown(rows)}" if len(rows) > 1 else ""))
     parts.append("## Passes and failures\n\n" + markdown(verdicts(results)))
-    for name, text in (("gpu_day.md", "\n".join(parts)), ("gpu_day.json", json.dumps(results, indent=1) + "\n")):
-        part = out / f"{name}.part"
-        part.write_text(text, encoding="utf-8")
-        part.replace(out / name)
+    write_text(out / "gpu_day.md", "\n".join(parts))
+    write_text(out / "gpu_day.json", json.dumps(results, indent=1) + "\n")
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     parser.add_argument("--budget", type=float, default=560, help="seconds for everything")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--quick", action="store_true", help="toy sizes: does the script run?")
     args = parser.parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("torch finds no CUDA device here; --device cpu --quick shows whether the script runs")
     args.out.mkdir(parents=True, exist_ok=True)
     os.environ |= {"TORCHINDUCTOR_CACHE_DIR": str(CACHE / "inductor"), "TRITON_CACHE_DIR": str(CACHE / "triton")}
     os.environ.setdefault("OMP_NUM_THREADS", "1" if args.device == "cpu" else "4")
@@ -557,4 +564,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: the section is ended too
+    with one_line_errors("benchmarks.gpu_day"):
+        sys.exit(main())

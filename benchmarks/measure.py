@@ -1,6 +1,5 @@
 """Shared by the benchmarks: a clock, rounds in which the contestants take turns, the machine, the page and its numbers."""
 
-import argparse
 import json
 import os
 import platform
@@ -15,9 +14,12 @@ from typing import Any
 
 import torch
 
+from common.errors import Parser, positive
+from common.files import write_text
 from common.machine import cpu_name
 from common.tables import markdown
 from optim.polar import has_bfloat16_units
+from training.ranks import choose_device
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "benchmarks"
 
@@ -135,11 +137,11 @@ def main(
     A set takes (device, rounds, seconds) and returns its part of the page and its numbers. `default` names the sets of a
     device, separated by commas; --quick runs the set `tiny`. `intro` has a placeholder {machine}.
     """
-    parser = argparse.ArgumentParser(description=intro.splitlines()[0].lstrip("# "))
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = Parser(description=intro.splitlines()[0].lstrip("# "))
+    parser.add_argument("--device", choices=tuple(default), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--sets", default="", help="comma-separated: " + ", ".join(sets))
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=40, help="the most rounds to run")
+    parser.add_argument("--threads", type=positive, default=1)
+    parser.add_argument("--rounds", type=positive, default=40, help="the most rounds to run")
     parser.add_argument("--budget", type=float, default=120, help="seconds for the rounds of a set; at least three rounds run")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--quick", action="store_true", help="a tiny set: does the script run?")
@@ -147,9 +149,10 @@ def main(
     chosen = "tiny" if args.quick else args.sets or default[args.device]
     if unknown := set(chosen.split(",")) - sets.keys():
         parser.error(f"unknown sets: {', '.join(sorted(unknown))}")
+    device = choose_device(args.device)
+    args.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(args.threads)
     warnings.filterwarnings("ignore")
-    device = torch.device(args.device)
     host, parts, numbers = machine(device), [], {}
     for each in chosen.split(","):
         print(each, flush=True)
@@ -157,10 +160,9 @@ def main(
         parts.append(f"## {each}\n\n{part}")
     host["load_at_end"] = round(os.getloadavg()[0], 2)
     page = wrapped("\n\n".join([intro.format(machine=describe(host)).rstrip(), *(part.rstrip() for part in parts)])) + "\n"
-    args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"{name}_{device.type}.md"
-    path.write_text(page, encoding="utf-8")
+    write_text(path, page)
     data = json.dumps({"machine": host, "sets": numbers}, indent=1, ensure_ascii=False)
-    path.with_suffix(".json").write_text(data + "\n", encoding="utf-8")
+    write_text(path.with_suffix(".json"), data + "\n")
     print(page)
     print(f"written to {path}")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import Clock, goal, goals_table, in_rounds, main, milliseconds, ratio
+from common.errors import one_line_errors
 from common.tables import markdown
 from model import GPT, GPTConfig
 from optim import Gluon, GluonMVR1, GluonMVR2, GluonMVR3
@@ -122,5 +123,6 @@ are those of the five iterations, into buffers that stay.
 """
 
 if __name__ == "__main__":
-    sets = {name: partial(run_set, name) for name in SETS}
-    main(None, "optimizers", sets, {"cpu": "quickstart,gpt-6x384", "cuda": "gpt-124m"}, INTRO)
+    with one_line_errors("benchmarks.optimizers"):
+        sets = {name: partial(run_set, name) for name in SETS}
+        main(None, "optimizers", sets, {"cpu": "quickstart,gpt-6x384", "cuda": "gpt-124m"}, INTRO)

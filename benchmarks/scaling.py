@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from common.errors import one_line_errors
 from common.tables import markdown
 from model import GPT, GPTConfig
 from optim import buckets
@@ -152,4 +153,5 @@ def tables() -> list[str]:
 
 
 if __name__ == "__main__":
-    print("\n".join(tables()))
+    with one_line_errors("benchmarks.scaling"):
+        print("\n".join(tables()))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from benchmarks.measure import Clock, goal, goals_table, in_rounds, main, milliseconds, ratio
 from benchmarks.plain import PlainLoop
+from common.errors import one_line_errors
 from common.tables import markdown
 from model import GPT, GPTConfig
 from optim import Gluon, GluonMVR1, GluonMVR2, GluonMVR3, PreviousBatchMVR, SingleBatchMVR
@@ -125,5 +126,6 @@ autocast where the device has units for it.
 """
 
 if __name__ == "__main__":
-    sets = {name: partial(run_set, name) for name in SETS}
-    main(None, "training_step", sets, {"cpu": "quickstart,gpt-6x384", "cuda": "gpt-124m"}, INTRO)
+    with one_line_errors("benchmarks.training_step"):
+        sets = {name: partial(run_set, name) for name in SETS}
+        main(None, "training_step", sets, {"cpu": "quickstart,gpt-6x384", "cuda": "gpt-124m"}, INTRO)

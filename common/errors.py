@@ -1,7 +1,9 @@
 """A failure that the user can fix is a `UserError`: one line on stderr, exit code 2, no traceback."""
 
 import argparse
+import io
 import os
+import select
 import signal
 import sys
 import threading
@@ -9,6 +11,8 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
 from typing import NoReturn
 
 
@@ -25,11 +29,30 @@ class UserError(Exception):
         self.everywhere = everywhere
 
 
+@contextmanager
+def as_written(path: Path, remedy: str) -> Iterator[None]:
+    """Turn what the block raises if a file is missing or has another form into a UserError with the file and the remedy."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; {remedy}") from None
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:80]}"
+        raise UserError(f"{path} is damaged, or of another version ({reason}); {remedy}") from None
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are `UserError`s."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")
+
+
+def positive(text: str) -> int:
+    """An option that is an integer of at least 1, for `add_argument(type=...)`."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, not {text!r}")
+    return int(text)
 
 
 # If several ranks fail, the first to claim it prints the error. `Ranks.start` sets this.
@@ -49,8 +72,11 @@ def one_line_errors(program: str, interrupted: str = "interrupted") -> Iterator[
 
     `interrupted` is the message after Ctrl-C.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without Greek letters does not stop a run
     try:
         yield
+        sys.stdout.flush()  # what fails here would be a traceback at the interpreter's end
         return
     except UserError as error:
         code = error.exit_code
@@ -61,16 +87,54 @@ def one_line_errors(program: str, interrupted: str = "interrupted") -> Iterator[
                     thread.join()
     except OSError as error:
         code = 2
-        _tell(f"{program}: {error.filename or 'input/output'}: {error.strerror or error}", everywhere=False)
+        if isinstance(error, BrokenPipeError) and _reader_is_gone():
+            code = 141  # a shell's exit code for this
+        else:
+            _tell(
+                f"{program}: {error.filename2 or error.filename or 'input/output'}: {error.strerror or error}", everywhere=False
+            )
     except KeyboardInterrupt:
         code = 130
         _tell(f"{program}: {interrupted}", everywhere=True)
-    except Exception:
-        if "RANK" not in os.environ:
+    except Exception as error:
+        if _out_of_memory(error):
+            code = 2
+            _tell(f"{program}: out of memory; choose smaller sizes (of a run: --micro-batch-size)", everywhere=False)
+        elif "RANK" not in os.environ:
             raise
-        traceback.print_exc()
-        code = 1
+        else:
+            traceback.print_exc()
+            code = 1
     leave(code)
+
+
+def _reader_is_gone() -> bool:
+    """Whether nobody reads stdout any more, as after `| head -1`."""
+    stdout = select.poll()
+    stdout.register(1, 0)
+    return bool(stdout.poll(0))
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Python's error, or torch's on a GPU or a CPU."""
+    names = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return names or "can't allocate memory" in str(error)
+
+
+def _on_import(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """A `sys.excepthook`."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+    elif isinstance(error, ModuleNotFoundError):
+        print(f"{error}; run this in the checkout, after pip install -r requirements.txt", file=sys.stderr)
+        leave(2)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+# Before `one_line_errors`, our commands import torch, which takes seconds. The package of `python -m` is imported first.
+if Path(sys.argv[0]).name in ("-m", "train_gpt.py"):
+    sys.excepthook = _on_import
 
 
 def leave(code: int = 0) -> NoReturn:

@@ -28,6 +28,12 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     sync_directory(path.parent)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a file of text in UTF-8, whole or not at all."""
+    with atomic_file(path) as file:
+        file.write(text.encode())
+
+
 def sync_directory(directory: Path) -> None:
     """Put the names in `directory` safely on disk."""
     descriptor = os.open(directory, os.O_RDONLY)

@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from common.errors import Parser, one_line_errors
+from common.errors import Parser, UserError, one_line_errors, positive
+from common.files import write_text
 from common.machine import cpu_name
 from experiments.comparison import RESULTS, Arm
 from experiments.figures import FIGURES, Folders, config_of, plan
@@ -61,9 +62,12 @@ def calibrate(batch: int, arms: tuple[Arm, ...], repeats: int) -> dict[str, Any]
 def main(argv: list[str]) -> None:
     """Measure and write."""
     parser = Parser(prog="experiments.calibrate", description=__doc__.partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("--repeats", type=int, default=40, help="measurements of each time [40]")
+    parser.add_argument("--repeats", type=positive, default=40, help="measurements of each time, 3 or more [40]")
     parser.add_argument("--out", type=Path, default=RESULTS / "figures" / "calibration.json")
     arguments = parser.parse_args(argv)
+    if arguments.repeats < 3:
+        raise UserError(f"--repeats {arguments.repeats} must be at least 3: the first two do not count")
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     arms: dict[int, dict[str, Arm]] = {}
     comparisons = [plan(number, "mini", 1, None, Folders(), {}) for number in FIGURES]
@@ -72,8 +76,7 @@ def main(argv: list[str]) -> None:
             arms.setdefault(comparison.baseline.options["batch_size"], {})[arm.key] = arm
     batches = {str(batch): calibrate(batch, tuple(some.values()), arguments.repeats) for batch, some in arms.items()}
     found = {"cpu": cpu_name(), "torch": torch.__version__, "python": platform.python_version(), "threads": 1}
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps({**found, "batches": batches}, indent=1) + "\n")
+    write_text(arguments.out, json.dumps({**found, "batches": batches}, indent=1) + "\n")
     print(json.dumps(batches, indent=1))
 
 

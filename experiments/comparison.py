@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from common.errors import as_written
+from common.files import write_text
 from common.jsons import jsonable
 from common.pictures import COLOURS, INK, LOOK, STYLES, pyplot
 from common.tables import markdown
@@ -78,7 +80,10 @@ class Comparison:
         pace = speed and (speed["gradient"], speed["update"][arm.key])
         share = arm.options.get("batch_size", 1) / self.baseline.options.get("batch_size", 1)
         jobs = {seed: self.job(arm, seed) for seed in self.seeds}
-        return {seed: curve_of(job.record(), self.steps[arm.key], share, pace) for seed, job in jobs.items() if job.finished()}
+        with as_written(self.records / f"{arm.key}.jsonl", "restore it, or remove it to run again"):
+            return {
+                seed: curve_of(job.record(), self.steps[arm.key], share, pace) for seed, job in jobs.items() if job.finished()
+            }
 
 
 def curve_of(record: Mapping[str, Any], steps: int, share: float = 1.0, speed: tuple[float, float] | None = None) -> Curve:
@@ -117,11 +122,13 @@ def _at_the_end(point: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
 
 def read_speed(path: Path, batch: int, arms: tuple[Arm, ...]) -> dict[str, Any] | None:
     """The calibration of a batch size (see experiments.calibrate); None if it lacks one of the arms."""
-    try:
-        found = json.loads(path.read_text())["batches"][str(batch)]
-    except (OSError, KeyError):
+    if not path.exists():
         return None
-    return found if all(arm.key in found["update"] for arm in arms) else None
+    with as_written(path, "make it again with python -m experiments.calibrate, or remove it"):
+        found = json.loads(path.read_text())["batches"].get(str(batch))
+        if found is None or not all(arm.key in found["update"] for arm in arms):
+            return None
+        return {"gradient": float(found["gradient"]), "update": {arm.key: float(found["update"][arm.key]) for arm in arms}}
 
 
 def compare(comparison: Comparison, speed: Mapping[str, Any] | None) -> list[dict[str, Any]]:
@@ -183,7 +190,7 @@ def replace_section(page: Path, name: str, text: str) -> None:
     if section(held, name) is not None:
         begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
         head, _, rest = held.partition(begin)
-        page.write_text(f"{head}{begin}\n{text.strip()}\n{end}{rest.partition(end)[2]}")
+        write_text(page, f"{head}{begin}\n{text.strip()}\n{end}{rest.partition(end)[2]}")
 
 
 def body(comparison: Comparison, speed: Mapping[str, Any] | None, picture: str, notes: list[str]) -> str:
@@ -212,8 +219,8 @@ def write(comparison: Comparison, speed: Mapping[str, Any] | None, out: Path, no
     out.parent.mkdir(parents=True, exist_ok=True)
     draw(comparison, speed, out.with_suffix(".png"))
     page = body(comparison, speed, f"{out.name}.png", notes)
-    out.with_suffix(".md").write_text(f"# {comparison.title}\n\n{page}\n")
-    out.with_suffix(".json").write_text(json.dumps(jsonable(compare(comparison, speed)), indent=1, ensure_ascii=False) + "\n")
+    write_text(out.with_suffix(".md"), f"# {comparison.title}\n\n{page}\n")
+    write_text(out.with_suffix(".json"), json.dumps(jsonable(compare(comparison, speed)), indent=1, ensure_ascii=False) + "\n")
     return page
 
 

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.errors import Parser, UserError, one_line_errors
+from common.errors import Parser, UserError, as_written, one_line_errors
 from common.jsons import jsonable
 from common.pictures import COLOURS, INK, LOOK, STYLES, pyplot
 from experiments.comparison import RESULTS
@@ -251,22 +251,35 @@ def run(config: Config, every: int, reference: int, out: Path) -> list[dict[str,
     return records
 
 
+PANELS: dict[str, Callable[[dict[str, Any]], float | None]] = {
+    "Loss on the reference batch": lambda r: r["reference_loss"],
+    "γ* of one step": lambda r: r["best_gamma"]["same"],
+    "‖g - ĝ‖ / ‖g‖": lambda r: r["relative_difference"]["same"],
+    "S/σ, noise of g - ĝ over that of g": lambda r: r["noise_ratio"]["same"],
+    "bfloat16's rounding error / ‖g - ĝ‖": lambda r: r["rounding_noise"]["same"],
+    "‖M - ∇f‖² / ‖∇f‖²": lambda r: r["momentum_error"],
+    "Cosine of M and ∇f": lambda r: r["momentum_cosine"],
+    "Share of an update's gain that curvature takes back": lambda r: (
+        None if r["curvature"] is None or not r["first_order"] else -r["curvature"] / r["first_order"]
+    ),
+}
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The records in a file."""
+    with as_written(path, "--draw takes files that this command wrote"):
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+        for record in records:
+            [value(record) for value in PANELS.values()]
+    return records
+
+
 def draw(runs: dict[str, list[dict[str, Any]]], out: Path) -> None:
     """Draw eight panels, with a line for each run; the differences are those of `same`."""
-    panels: dict[str, Callable[[dict[str, Any]], float | None]] = {
-        "Loss on the reference batch": lambda r: r["reference_loss"],
-        "γ* of one step": lambda r: r["best_gamma"]["same"],
-        "‖g - ĝ‖ / ‖g‖": lambda r: r["relative_difference"]["same"],
-        "S/σ, noise of g - ĝ over that of g": lambda r: r["noise_ratio"]["same"],
-        "bfloat16's rounding error / ‖g - ĝ‖": lambda r: r["rounding_noise"]["same"],
-        "‖M - ∇f‖² / ‖∇f‖²": lambda r: r["momentum_error"],
-        "Cosine of M and ∇f": lambda r: r["momentum_cosine"],
-        "Share of an update's gain that curvature takes back": lambda r: -r["curvature"] / r["first_order"],
-    }
     plt = pyplot()
     with plt.rc_context({**LOOK, "font.size": 10}):
         figure, axes = plt.subplots(2, 4, figsize=(17, 7), layout="constrained")
-        for panel, (title, value) in zip(axes.flat, panels.items(), strict=True):
+        for panel, (title, value) in zip(axes.flat, PANELS.items(), strict=True):
             for i, (name, records) in enumerate(runs.items()):
                 points = [(r["update"], value(r)) for r in records if value(r) is not None]
                 style, colour = STYLES[i % len(STYLES)], COLOURS[i % len(COLOURS)]
@@ -298,10 +311,7 @@ def main(argv: list[str]) -> None:
     if arguments.draw:
         if rest:
             raise UserError(f"{rest[0]} has no effect with --draw; leave it out")
-        try:
-            runs = {path.stem: [json.loads(line) for line in path.read_text().splitlines()] for path in arguments.draw}
-        except ValueError as error:
-            raise UserError(f"--draw takes files that this command wrote: {error}") from None
+        runs = {path.stem: read(path) for path in arguments.draw}
     else:
         config = load_config(rest)
         path = arguments.folder / f"{config.run_name}.jsonl"

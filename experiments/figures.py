@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from common.errors import Parser, UserError, one_line_errors
+from common.errors import Parser, UserError, one_line_errors, positive
 from common.tables import aligned
 from experiments.comparison import CONFIG, RESULTS, RUNS, Arm, Comparison, body, compare, read_speed, replace_section, write
 from experiments.run_jobs import GOES_ON, ROOT, run_all, words_of
@@ -38,6 +38,7 @@ TEXT_STEPS = {8: 11000, 2: 44000}  # the longest run that the embedded text allo
 ASSUMED_TOKENS = 14000  # per second on one core, each evaluated once
 PEAK, SHARE = PEAK_FLOPS["H100"], 0.4  # FLOP/s, and the assumed share of it
 SHARD = 100_000_000
+OWN = {"config", "overwrite", "resume", "results_dir", "run_name", "seed", "steps"}  # options of train_gpt.py
 
 GLUON = Arm("gluon", "Gluon", {"optimizer": "gluon", "momentum": 0.9})
 MVR1 = tuple(
@@ -88,13 +89,21 @@ def plan(number: int, scale: str, seeds: int, steps: int | None, folders: Folder
     else:
         common, config, launcher = {}, f"configs/gluon_b{batch}.py", _torchrun()
     length = steps or (figure.steps if scale == "mini" else load_config(["--config", str(ROOT / config)]).steps)
-    arms = tuple(replace(arm, options={**arm.options, **common, **extra}, config=config) for arm in (GLUON, *figure.variants))
+    arms = tuple(
+        _with(replace(arm, options={**arm.options, **common}, config=config), extra) for arm in (GLUON, *figure.variants)
+    )
     lengths = {arm.key: length for arm in arms}
     if scale == "mini":
         lengths["gluon"] = min(length * figure.baseline_steps // figure.steps, TEXT_STEPS[batch])
     place = Path("figures") / scale / f"b{batch}"
     title = f"{figure.title}, {scale} scale"
     return Comparison(title, arms, tuple(range(seeds)), lengths, folders.runs / place, folders.results / place, launcher)
+
+
+def _with(arm: Arm, extra: Mapping[str, str]) -> Arm:
+    """The arm with more options, as train_gpt.py reads them. Raises UserError if it refuses them."""
+    config = config_of(replace(arm, options={**arm.options, **extra}), 1)
+    return replace(arm, options={**arm.options, **{name: getattr(config, name) for name in extra}})
 
 
 def _torchrun() -> tuple[str, ...]:
@@ -171,6 +180,8 @@ def signs(number: int, comparison: Comparison, speed: Mapping[str, Any] | None) 
     base = comparison.curves(comparison.baseline, speed)
     lines = []
     for row in compare(comparison, speed)[1:]:
+        if "equal_updates" not in row:  # no seed in common with the baseline yet
+            continue
         own = comparison.curves(next(arm for arm in comparison.arms if arm.key == row["arm"]), speed)
         gap = row["equal_updates"]["difference"]
         seen = {"better": "seen", "worse": "not seen", "undecided": "undecided"}[gap.verdict]
@@ -209,6 +220,8 @@ def extra_options(words: list[str]) -> dict[str, str]:
             if i == len(words):
                 raise UserError(f"--{name} needs a value")
             value = words[i]
+        if name.replace("-", "_") in OWN:
+            raise UserError(f"--{name} can't follow --; this command sets it for each run")
         options[name.replace("-", "_")] = value
         i += 1
     return options
@@ -220,10 +233,10 @@ def main(argv: list[str]) -> None:
     parser = Parser(prog="experiments.figures", description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--figure", type=int, choices=tuple(FIGURES), required=True)
     parser.add_argument("--scale", choices=("full", "mini"), default="full")
-    parser.add_argument("--seeds", type=int, help="number of seeds, from 0 on (default: 1 at full size, 5 at mini)")
-    parser.add_argument("--steps", type=int, help="updates (default: the config's; mini: 1000, figure 4: 3000)")
+    parser.add_argument("--seeds", type=positive, help="number of seeds, from 0 on (default: 1 at full size, 5 at mini)")
+    parser.add_argument("--steps", type=positive, help="updates (default: the config's; mini: 1000, figure 4: 3000)")
     parser.add_argument("--only", nargs="+", metavar="ARM", help="run only these arms")
-    parser.add_argument("--jobs", type=int, default=1, help="mini runs at once, one thread each [1]")
+    parser.add_argument("--jobs", type=positive, default=1, help="mini runs at once, one thread each [1]")
     parser.add_argument("--runs", type=Path, default=RUNS, help="where runs go [runs]")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where results go [results]")
     parser.add_argument("--dry-run", action="store_true", help="print what would run, and how long it takes")

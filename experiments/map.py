@@ -20,8 +20,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from common.errors import Parser, UserError, one_line_errors
-from common.files import atomic_file
+from common.errors import Parser, UserError, as_written, one_line_errors, positive
+from common.files import write_text
 from common.jsons import jsonable
 from common.pictures import INK, LOOK, pyplot
 from common.tables import markdown
@@ -32,7 +32,6 @@ from experiments.run_jobs import GOES_ON, ROOT, Job, run_all
 from experiments.setup import evaluations
 from experiments.statistics import interval
 from training.config import load_config
-from training.curves import curve
 
 LRS = (6.25e-5, 1.25e-4, 2.5e-4, 5e-4, 1e-3)
 BETAS = (0.05, 0.2, 0.5, 0.8, 0.9)
@@ -63,15 +62,13 @@ def job_of(folders: Folders, cell: Cell, seed: int, steps: int) -> Job:
 
 
 def losses(folders: Folders, steps: int, seeds: int) -> dict[tuple[Cell, int], dict[int, float]]:
-    """Validation losses by update of every finished run; infinite where it diverged."""
+    """Validation losses at both horizons of every finished run; infinite where it diverged."""
     found = {}
     for cell in cells():
         for seed in range(seeds):
             job = job_of(folders, cell, seed, steps)
             if job.finished():
-                record = job.record()
-                ends = dict.fromkeys((steps // SHARE, steps), math.inf) if "diverged" in record else {}
-                found[cell, seed] = ends | {point["update"]: point["val_loss"] for point in curve(record["metrics"])}
+                found[cell, seed] = {update: job.loss_at(update) for update in (steps // SHARE, steps)}
     return found
 
 
@@ -94,7 +91,8 @@ def _gap(variant: float, baseline: float) -> float:
 
 def noise(path: Path, words: list[str]) -> dict[float, float]:
     """S/σ at each lr. Values that the file lacks are measured and added to it."""
-    held = {float(lr): ratio for lr, ratio in json.loads(path.read_text()).items()} if path.exists() else {}
+    with as_written(path, "remove it, and it is measured again"):
+        held = {float(lr): float(ratio) for lr, ratio in json.loads(path.read_text()).items()} if path.exists() else {}
     for lr in LRS:
         if lr not in held:
             options = [f"--lr={lr}", f"--batch-size={BATCH}", f"--steps={NOISE_STEPS}", *words]
@@ -102,8 +100,7 @@ def noise(path: Path, words: list[str]) -> dict[float, float]:
             measured = smoothness.measure(config, POOL, [], lambda line: print(line, file=sys.stderr, flush=True))
             held[lr] = smoothness.noise_ratio(measured)
             path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_file(path) as file:
-                file.write((json.dumps({f"{key:g}": float(f"{held[key]:.4g}") for key in sorted(held)}) + "\n").encode())
+            write_text(path, json.dumps({f"{key:g}": float(f"{held[key]:.4g}") for key in sorted(held)}) + "\n")
     return held
 
 
@@ -177,9 +174,9 @@ def _place(ratio: float, weights: list[float]) -> float:
 def main(argv: list[str]) -> None:
     """Run what is missing, then write the maps."""
     parser = Parser(prog="experiments.map", description=__doc__.partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"the long horizon, a multiple of {SHARE} [{STEPS}]")
-    parser.add_argument("--seeds", type=int, default=1, help="number of seeds, from 0 on [1]")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at once, one thread each [1]")
+    parser.add_argument("--steps", type=positive, default=STEPS, help=f"the long horizon, a multiple of {SHARE} [{STEPS}]")
+    parser.add_argument("--seeds", type=positive, default=1, help="number of seeds, from 0 on [1]")
+    parser.add_argument("--jobs", type=positive, default=1, help="runs at once, one thread each [1]")
     parser.add_argument("--runs", type=Path, default=RUNS, help="where runs go [runs]")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where results go [results]")
     parser.add_argument("--plan", action="store_true", help="print the runs and stop")
@@ -204,8 +201,8 @@ def main(argv: list[str]) -> None:
     out = folders.results / "map"
     ratios = noise(out / "noise.json", [])
     draw(rows, ratios, out / "map.png")
-    (out / "map.json").write_text(json.dumps(jsonable(rows), indent=1) + "\n")
-    (out / "README.md").write_text(page(rows, ratios))
+    write_text(out / "map.json", json.dumps(jsonable(rows), indent=1) + "\n")
+    write_text(out / "README.md", page(rows, ratios))
     print(page(rows, ratios))
 
 

@@ -101,7 +101,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.errors import Parser, UserError, one_line_errors
+from common.errors import Parser, UserError, as_written, one_line_errors, positive
+from common.files import write_text
 from common.machine import cpu_name
 from common.pictures import pyplot
 from common.tables import markdown
@@ -632,7 +633,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     parser.add_argument("--seeds", type=int, default=None, help="default 16 (quick: 8)")
     parser.add_argument("--max-exponent", type=int, default=None, help="largest K is 2 to this; default 16 (quick: 9)")
     parser.add_argument("--out", type=Path, default=None, help="default results/rates (quick: results/rates-quick)")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=positive, default=1)
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(argv)
     first, last = (4, 9) if args.quick else (6, 16)
@@ -647,7 +648,10 @@ def main(argv: Sequence[str] | None = None) -> dict:
     out.mkdir(parents=True, exist_ok=True)
 
     if args.replot:
-        report = json.loads((out / "rates.json").read_text())
+        with as_written(out / "rates.json", "run without --replot"):
+            report = json.loads((out / "rates.json").read_text())
+            analyse(report["horizons"], report["results"])
+            table(report)
     else:
         horizons = [2**e for e in range(first, last + 1)]
         seeds = list(range(count))
@@ -666,9 +670,9 @@ def main(argv: Sequence[str] | None = None) -> dict:
             "tuning_horizons": [K for K in horizons if tune_to >= K],
             "results": results,
         }
-    analyse(report["horizons"], report["results"])
-    (out / "rates.json").write_text(json.dumps(report, ensure_ascii=False) + "\n")
-    (out / "table.md").write_text(table(report))
+        analyse(horizons, results)
+    write_text(out / "rates.json", json.dumps(report, ensure_ascii=False) + "\n")
+    write_text(out / "table.md", table(report))
     picture(report, out / "rates.png")
     print(table(report))
     return report

@@ -89,6 +89,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the folders of all runs of the setting")
     parser.add_argument("--target", type=float, default=3.28, help="the validation loss to beat")
     options = parser.parse_args(arguments)
+    if not math.isfinite(options.target):
+        raise UserError(f"--target must be a finite number, not {options.target}")
     cells, valid = row(options.runs, options.target)
     print(markdown([HEADS, cells]), end="")
     print(

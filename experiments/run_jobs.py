@@ -5,8 +5,10 @@ with the run's name, config, environment and metrics. A packed run counts as don
 """
 
 import json
+import math
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.forkserver
 import os
 import runpy
 import shlex
@@ -99,7 +101,24 @@ class Job:
             return "new"
         if "diverged" in record:
             return "diverged"
-        return "done" if _reached(record) >= self.steps else "begun"
+        return "begun" if math.isnan(self.loss_at(self.steps)) else "done"
+
+    def loss_at(self, update: int) -> float:
+        """The validation loss at an update; infinite if the run diverged, nan if it is not that far yet.
+
+        Raises UserError if the run went past the update without a validation.
+        """
+        record = self.record()
+        if record is None:
+            return math.nan
+        found = {point["update"]: point["val_loss"] for point in curve(record["metrics"])}
+        if update in found:
+            return found[update] if math.isfinite(found[update]) else math.inf
+        if "diverged" in record:
+            return math.inf
+        if _reached(record) > update:
+            raise UserError(f"{relative(self.folder)} was not validated at update {update}; choose other --steps")
+        return math.nan
 
     def finished(self) -> bool:
         return self.state() in ("done", "diverged")
@@ -139,11 +158,11 @@ def pack(jobs: Iterable[Job]) -> None:
     for job in jobs:
         files.setdefault(job.packed, []).append(job)
     for path, members in files.items():
+        path.parent.mkdir(parents=True, exist_ok=True)  # before the first run: it may not be possible
         before = packed_records(path)
         after = before | {job.folder.name: job.record() for job in members if job.finished()}
         if after == before:
             continue
-        path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as file:
             for _, record in sorted(after.items()):
                 file.write((json.dumps(jsonable(record), ensure_ascii=False) + "\n").encode())
@@ -166,6 +185,9 @@ def run_all(jobs: list[Job], at_once: int) -> None:
     failed, packing, starting = threading.Event(), threading.Lock(), threading.Lock()
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: the runs are stopped too
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the server, which imports torch: its runs end by SIGTERM
+        multiprocessing.forkserver.ensure_running()
+        signal.signal(signal.SIGINT, before)
 
     def work(job: Job) -> None:
         if failed.is_set():
@@ -176,6 +198,8 @@ def run_all(jobs: list[Job], at_once: int) -> None:
             with starting:
                 process.start()
             running.add(process)
+            if failed.is_set():  # meanwhile: the first start waits for the server's imports
+                process.terminate()
             try:
                 multiprocessing.connection.wait([process.sentinel])
                 with starting:  # start() also asks which processes have ended, and an exit code can be read only once

@@ -50,7 +50,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.errors import Parser, UserError, one_line_errors
+from common.errors import Parser, UserError, as_written, one_line_errors
 from common.files import atomic_file
 from common.pictures import COLOURS, LOOK, pyplot
 from common.tables import markdown
@@ -86,7 +86,7 @@ def fit_line(norms: Sequence[float], ratios: Sequence[float], penalty: float = P
     """Least squares with L0, L1 ≥ 0 in which points above the line weigh `penalty` times as much."""
     x, y = np.asarray(norms, float), np.asarray(ratios, float)
     if len(x) < 2 or not np.isfinite(x).all() or not np.isfinite(y).all():
-        raise ValueError("needs at least two points, all finite")
+        raise UserError("a fit needs two updates or more that move the layer: give more --steps, and an --lr above 0")
     l0, l1, loss = _expectile_line(x, y, penalty)
     _, _, constant_loss = _expectile_line(np.zeros_like(x), y, penalty)
     gain = 1 - loss / constant_loss if constant_loss > 0 else 0.0
@@ -183,7 +183,10 @@ def measure(config: Config, pool: int, probes: Sequence[int], say: Callable[[str
     def gradients(batch: tuple[Tensor, Tensor]) -> Gradients:
         loss = model(*batch)
         losses.append(loss.item())
-        return list(torch.autograd.grad(loss, weights))
+        found = list(torch.autograd.grad(loss, weights))
+        if not all(layer.isfinite().all() for layer in found):
+            raise UserError("a gradient is not finite; give a lower --lr")
+        return found
 
     def pool_gradients() -> tuple[float, list[Gradients]]:
         parts = [gradients(batch) for batch in pool_batches]
@@ -460,10 +463,9 @@ def main(arguments: list[str] | None = None) -> None:
     options, others = parser.parse_known_args(arguments)
     path = options.out / "smoothness.json"
     if options.replot:
-        try:
+        with as_written(path, "run without --replot"):
             result = json.loads(path.read_bytes())
-        except (OSError, ValueError):
-            raise UserError(f"{path}: cannot be read as JSON; run without --replot first") from None
+            draw(result, options.out)
     else:
         try:
             probes = [int(part) for part in options.probe.split(",") if part.strip()]
@@ -474,7 +476,7 @@ def main(arguments: list[str] | None = None) -> None:
         result = _short(measure(config, options.pool, probes, lambda line: print(line, file=sys.stderr, flush=True)))
         with atomic_file(path) as file:
             file.write((json.dumps(result, separators=(",", ":")) + "\n").encode())
-    draw(result, options.out)
+        draw(result, options.out)
     print(table(result))
 
 

@@ -29,14 +29,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common.errors import Parser, UserError, one_line_errors
+from common.errors import Parser, UserError, as_written, one_line_errors, positive
+from common.files import write_text
 from common.jsons import jsonable
 from common.tables import markdown
 from experiments.comparison import CONFIG, RESULTS, RUNS, Arm, Comparison, read_speed, write
 from experiments.figures import LR, Folders
 from experiments.run_jobs import GOES_ON, ROOT, Job, packed_records, run_all
 from training.config import load_config
-from training.curves import curve
 from training.optimizers import accepted, optimizer_class
 
 TRIALS, SURVIVORS = 16, (16, 8, 4)  # survivors: trials of each rung
@@ -107,8 +107,9 @@ def methods_of(folders: Folders) -> dict[str, Method]:
     found = dict(METHODS)
     for path in sorted((folders.results / "sweep").glob("*.jsonl")):
         recipe = packed_records(path).get("trial00") if path.stem not in METHODS else None
-        if recipe and ":" in (name := recipe["config"]["optimizer"]):
-            found[path.stem] = own_method(name, recipe["config"]["lr"], json.dumps(recipe["config"]["optimizer_options"]))
+        with as_written(path, "restore it, or remove it to tune again"):
+            if recipe and ":" in (name := recipe["config"]["optimizer"]):
+                found[path.stem] = own_method(name, recipe["config"]["lr"], json.dumps(recipe["config"]["optimizer_options"]))
     return found
 
 
@@ -150,22 +151,13 @@ def job_of(folders: Folders, name: str, method: Method, number: int, steps: int,
     return Job(folder, folders.results / "sweep" / f"{name}.jsonl", CONFIG, options)
 
 
-def loss_at(job: Job, steps: int) -> float:
-    """The validation loss at an update; infinite if the run diverged, nan if it is not known yet."""
-    record = job.record()
-    if record is None:
-        return math.nan
-    found = {point["update"]: point["val_loss"] for point in curve(record["metrics"])}
-    return found.get(steps, math.inf if "diverged" in record else math.nan)
-
-
 def rungs_of(folders: Folders, name: str, method: Method, length: int) -> list[list[tuple[Job, float]]]:
     """The jobs and scores of each rung known so far. A rung is known once all scores of the one before are."""
     going, rungs = list(range(TRIALS)), []
     for steps, kept in zip((length // 4, length // 2, length), SURVIVORS, strict=True):
         going = going[:kept]
         jobs = {i: job_of(folders, name, method, i, steps, length) for i in going}
-        scores = {i: loss_at(jobs[i], steps) for i in going}
+        scores = {i: jobs[i].loss_at(steps) for i in going}
         rungs.append([(jobs[i], scores[i]) for i in going])
         if any(map(math.isnan, scores.values())):
             break
@@ -193,9 +185,9 @@ def report(folders: Folders, methods: Mapping[str, Method], length: int) -> None
             rows.append([method.title, job.folder.name.removeprefix("trial"), setting, *cells])
     folder = folders.results / "sweep"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "best.json").write_text(json.dumps(jsonable(best), indent=1) + "\n")
+    write_text(folder / "best.json", json.dumps(jsonable(best), indent=1) + "\n")
     head = f"`python -m experiments.sweep`, tuning seed {TUNING_SEED}. Validation loss at the updates of each rung."
-    (folder / "table.md").write_text(f"# The sweep\n\n{head}\n\n{markdown(rows)}")
+    write_text(folder / "table.md", f"# The sweep\n\n{head}\n\n{markdown(rows)}")
 
 
 def _edges(method: Method, trial: dict[str, float]) -> list[str]:
@@ -215,18 +207,22 @@ def _shown(score: float | None) -> str:
 
 def evaluation(folders: Folders, seeds: int = 5, steps: int = EVALUATE_STEPS) -> list[Comparison]:
     """One comparison of the best settings over seeds, Gluon first; no comparison if Gluon is not tuned yet."""
-    try:
-        best = json.loads((folders.results / "sweep" / "best.json").read_text())
-    except OSError:
-        best = {}
-    if "gluon" not in best:
+    path = folders.results / "sweep" / "best.json"
+    if not path.exists():
+        return []
+    with as_written(path, "remove it; python -m experiments.sweep makes it again from the records"):
+        trials = {
+            name: {knob: float(value) for knob, value in found["trial"].items()}
+            for name, found in json.loads(path.read_text()).items()
+        }
+    if "gluon" not in trials:
         return []
     every = min(50, max(1, steps // 4))
     common = {"batch_size": BATCH, "val_every": every, "log_every": every, "checkpoint_every": 500, "keep_checkpoints": 1}
     arms = tuple(
-        Arm(name, method.title, {**common, **method.options, **best[name]["trial"]}, CONFIG)
+        Arm(name, method.title, {**common, **method.options, **trials[name]}, CONFIG)
         for name, method in methods_of(folders).items()
-        if name in best
+        if name in trials
     )
     lengths = {arm.key: 2 * steps if arm.key == "gluon" else steps for arm in arms}
     title = "Every method at its best setting"
@@ -243,11 +239,11 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--lr", type=float, help="package.module:Class: centre of its lr range (the constructor's default)")
     parser.add_argument("--optimizer-options", metavar="JSON", help="package.module:Class: more options of its constructor")
     parser.add_argument("--evaluate", action="store_true", help="run the best settings over seeds instead of tuning")
-    parser.add_argument("--seeds", type=int, default=5, help="number of seeds of the evaluation [5]")
+    parser.add_argument("--seeds", type=positive, default=5, help="number of seeds of the evaluation [5]")
     parser.add_argument(
-        "--steps", type=int, help=f"updates (a multiple of 4; tuning {TUNE_STEPS}, evaluation {EVALUATE_STEPS})"
+        "--steps", type=positive, help=f"updates (a multiple of 4; tuning {TUNE_STEPS}, evaluation {EVALUATE_STEPS})"
     )
-    parser.add_argument("--jobs", type=int, default=1, help="runs at once, one thread each [1]")
+    parser.add_argument("--jobs", type=positive, default=1, help="runs at once, one thread each [1]")
     parser.add_argument("--runs", type=Path, default=RUNS, help="where runs go [runs]")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where results go [results]")
     parser.add_argument("--plan", action="store_true", help="print the runs known so far and stop")

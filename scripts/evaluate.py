@@ -119,6 +119,8 @@ def open_tokens(paths: list[Path], split: str, encoding: str | None) -> Tokens:
     total = sum(path.stat().st_size for path in files)
     with tqdm(total=total, unit="B", unit_scale=True, desc="tokenize", disable=None, leave=False) as bar:
         documents = list(read_documents(files, "text", bar.update))
+    if not documents:
+        raise UserError(f"{name}: holds no documents")
     parts = [part for tokens in encoder.encode(documents) for part in ([encoder.end_of_text], tokens)]
     stream = np.concatenate(parts).astype(np.uint16)
     return Tokens(name, len(stream), lambda start, stop: stream[start:stop], encoding)

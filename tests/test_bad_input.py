@@ -483,6 +483,48 @@ def test_options_are_checked_before_torch_is_imported():
     assert done.returncode == 2 and done.stderr.startswith("train_gpt: --steps must be an integer of at least 1")
 
 
+@pytest.mark.parametrize(
+    ("output", "code", "said"),
+    [("/dev/full", 2, "x: input/output: No space left on device\n"), ("a closed pipe", 141, ""), ("ascii", 0, "")],
+)
+@pytest.mark.parametrize("length", [1, 100_000])  # written at the end, and at once
+def test_output_that_can_not_be_written(output, code, said, length):
+    program = f"from common.errors import one_line_errors\nwith one_line_errors('x'):\n    print('β' * {length})"
+    reader, writer = os.pipe()
+    if output == "/dev/full":
+        os.dup2(os.open(output, os.O_WRONLY), writer)
+    elif output == "ascii":
+        os.dup2(os.open(os.devnull, os.O_WRONLY), writer)
+    os.close(reader)
+    environment = os.environ | {"PYTHONIOENCODING": "ascii" if output == "ascii" else "utf-8"}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True, env=environment)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (code, said)
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "said"),
+    [
+        ("KeyboardInterrupt()", -signal.SIGINT, "interrupted\n"),
+        ("ModuleNotFoundError('no x')", 2, "no x; run this in the checkout, after pip install -r requirements.txt\n"),
+    ],
+)
+@pytest.mark.parametrize("command", ["train_gpt.py", "-m experiments.rates", "-m scripts.sample", "-m benchmarks.scaling"])
+def test_imports_that_fail(tmp_path, raised, code, said, command):
+    (tmp_path / "torch.py").write_text(f"raise {raised}\n")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    words = [sys.executable, *command.split()]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stderr) == (code, said)
+
+
+def test_out_of_memory(capsys):
+    with pytest.raises(SystemExit) as caught, one_line_errors("x"):
+        torch.empty(2**50)
+    assert caught.value.code == 2 and capsys.readouterr().err.startswith("x: out of memory; choose smaller sizes")
+
+
 @pytest.mark.slow
 def test_torchrun_with_two_ranks(tmp_path, data):  # noqa: F811
     """Our error line comes once, in addition to what torchrun itself prints about failed ranks."""

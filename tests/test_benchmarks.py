@@ -13,6 +13,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import scaling
+from benchmarks.measure import main
+from common.errors import UserError
 from model import GPT, GPTConfig
 from optim import Gluon, buckets
 from optim.polar import work_dtype
@@ -33,6 +35,13 @@ def test_a_quick_run_writes_its_page_and_numbers(tmp_path, name, other):
     assert all(len(values) == 3 for values in seconds.values())
     page = (tmp_path / f"{name}_cpu.md").read_text()
     assert f"| {other} |" in page and "| Gluon |" in page
+
+
+@pytest.mark.parametrize("words", ["--device mps", "--sets none", "--threads 0", "--rounds -1", "--bogus 1"])
+def test_a_wrong_option_is_one_line(tmp_path, words):
+    with pytest.raises(UserError) as caught:
+        main([*words.split(), "--out", str(tmp_path / "out")], "x", {"tiny": None}, {"cpu": "tiny", "cuda": "tiny"}, "x")
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
 
 
 class Sent(TorchDispatchMode):

@@ -308,6 +308,13 @@ def test_a_package_is_fetched_once(made_up, monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_a_folder_that_can_not_be_made_is_told_before_the_downloads(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(corpus, "gather", None)
+    with pytest.raises(NotADirectoryError):
+        corpus.main(["--out", str(tmp_path / "file" / "corpus"), "--encoding", "bytes"])
+
+
 def test_mistakes_are_one_line(made_up, monkeypatch):
     with pytest.raises(UserError, match="no source 'fourth'; choose from first, second, third"):
         run(made_up, "--sources", "first,fourth")

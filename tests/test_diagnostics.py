@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from common.errors import UserError
 from data.shards import write_shard
 from experiments import diagnostics as diag
 from optim import Gluon, GluonMVR1, GluonMVR2, GluonMVR3, PreviousBatchMVR, SingleBatchMVR
@@ -208,4 +209,14 @@ def test_a_run_is_recorded_and_drawn(variant, tmp_path, capsys):
     assert [record["update"] for record in records] == [2, 4]
     assert (records[0]["estimate_error"] is None) == (variant == "gluon")
     assert (tmp_path / f"{variant}.png").stat().st_size > 10_000
+    diag.draw({"no gain": [record | {"curvature": None, "first_order": 0.0} for record in records]}, tmp_path / "x.png")
     capsys.readouterr()
+
+
+@pytest.mark.parametrize("text", ["zz", "[1]", '{"update": 1}', None])
+def test_records_of_another_form(tmp_path, text):
+    path = tmp_path / "x.jsonl"
+    if text:
+        path.write_text(text)
+    with pytest.raises(UserError, match="takes files that this command wrote"):
+        diag.main(["--draw", str(path), "--out", str(tmp_path / "x.png")])

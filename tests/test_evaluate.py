@@ -147,12 +147,14 @@ def test_what_is_refused(run, tmp_path):
     write_manifest(tmp_path / "bytes", Manifest("gpt2", 50257, "", "", {"x_val_000000.bin": info}))
     (tmp_path / "a.txt").write_text("")
     (tmp_path / "b.pdf").write_text("")
+    (tmp_path / "c.jsonl").write_text("")
     for data, expected in [
         ("shards", "holds the token 2000, outside the model's vocabulary of 257"),
         ("one.bin", "has 1 tokens, but an evaluation needs at least 2"),
         ("bytes", "its tokens are gpt2, but .* needs bytes; give text"),
         ("a.txt", "an empty document"),
         ("b.pdf", "is not one of .txt"),
+        ("c.jsonl", "holds no documents"),
         ("none.bin", "no such shard"),
         ("none", "no such file"),
     ]:

@@ -12,6 +12,7 @@ import torch
 from common.errors import UserError
 from data.shards import write_shard
 from experiments import calibrate, figures, leaderboard, rates, sweep
+from experiments import map as study_map
 from experiments.comparison import Arm, Comparison, compare, curve_of, replace_section
 from experiments.controls import DoubleAverage
 from experiments.run_jobs import Job, _diverged, pack, packed_records
@@ -198,7 +199,13 @@ def test_states_of_a_run_and_its_record(tmp_path):
 
 def test_a_damaged_record_is_reported(tmp_path):
     path = tmp_path / "arm.jsonl"
-    for text in ("no json", "[]", '{"run": "a"}', '{"run": "a", "config": {}, "metrics": [{"update": 0}]}'):
+    for text in (
+        "no json",
+        "[]",
+        '{"run": "a"}',
+        '{"run": "a", "config": {}, "metrics": []}',
+        '{"run": "a", "config": {}, "environment": {}, "metrics": [{"update": 0}]}',
+    ):
         path.write_text(text + "\n")
         with pytest.raises(UserError, match="line 1 is not a packed run"):
             packed_records(path)
@@ -278,14 +285,14 @@ def test_every_method_draws_the_same():
 
 def test_halving(tmp_path, monkeypatch):
     """Each rung keeps the better half. The loss is the distance of β from 0.5, plus a term that falls with the updates."""
-    monkeypatch.setattr(sweep, "loss_at", lambda job, steps: abs(job.options["momentum"] - 0.5) + 1 / steps)
+    monkeypatch.setattr(Job, "loss_at", lambda job, steps: abs(job.options["momentum"] - 0.5) + 1 / steps)
     gluon = sweep.METHODS["gluon"]
     rungs = sweep.rungs_of(figures.Folders(tmp_path, tmp_path), "gluon", gluon, 40)
     assert [len(rung) for rung in rungs] == [16, 8, 4]
     assert [{job.options["steps"] for job, _ in rung} for rung in rungs] == [{10}, {20}, {40}]
     betas = sorted((t["momentum"] for t in sweep.trials_of(gluon)), key=lambda beta: abs(beta - 0.5))
     assert [job.options["momentum"] for job, _ in rungs[2]] == betas[:4]
-    monkeypatch.setattr(sweep, "loss_at", lambda job, steps: math.nan if steps == 20 else 1.0)
+    monkeypatch.setattr(Job, "loss_at", lambda job, steps: math.nan if steps == 20 else 1.0)
     assert len(sweep.rungs_of(figures.Folders(tmp_path, tmp_path), "gluon", gluon, 40)) == 2
 
 
@@ -361,6 +368,77 @@ def test_mistakes_are_one_line(tmp_path):
         assert len(str(caught.value).splitlines()) == 1
     with pytest.raises(UserError, match="a multiple of 4"):
         sweep.main(["--steps", "6", *folders])
+
+
+DAMAGED = {  # the files that a study reads, and what reads them
+    "figures/calibration.json": (figures, "--figure 3 --scale mini --plot-only"),
+    "sweep/best.json": (sweep, "--evaluate"),
+    "sweep/a.Class.jsonl": (sweep, "--plan"),
+    "figures/mini/b8/gluon.jsonl": (figures, "--figure 3 --scale mini --steps 2 --plot-only"),
+    "map/noise.json": (study_map, "--steps 5 --plot-only"),
+    "rates.json": (rates, "--replot"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", '{"batches": {"8": {}}, "gluon": {}, "lr": [1]}'])
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_file_is_one_line(tmp_path, monkeypatch, name, text):
+    (module, words), path = DAMAGED[name], tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".jsonl":  # whose lines are checked elsewhere
+        old = {"update": 4, "tokens": 0, "passes": 0, "seconds": 0.0, "val_loss": 1.0}
+        runs = [{"run": run, "config": {}, "environment": {}, "metrics": [old]} for run in ("seed0", "trial00")]
+        text = "\n".join(map(json.dumps, runs))
+    path.write_text(text)
+    monkeypatch.setattr(study_map, "differences", lambda *_: [{}])  # as if there were runs
+    places = ["--out", str(tmp_path)] if module is rates else ["--results", str(tmp_path), "--runs", str(tmp_path / "runs")]
+    with pytest.raises(UserError, match=f"{path.name} is damaged, or of another version") as caught:
+        module.main([*words.split(), *places])
+    assert "\n" not in str(caught.value) and path.read_text() == text
+
+
+@pytest.mark.parametrize("words", ["--steps 0", "--steps -4", "--seeds 0", "--jobs 0", "--jobs two"])
+@pytest.mark.parametrize("module", [figures, sweep, study_map])
+def test_numbers_are_at_least_one(module, words):
+    with pytest.raises(UserError, match="must be an integer of at least 1"):
+        module.main(["--figure=1", *words.split()] if module is figures else words.split())
+
+
+def test_a_run_without_the_validation_that_is_asked_for(tmp_path):
+    """A longer run counts as done, but it says nothing of an update at which it was not validated."""
+    job = Job(tmp_path / "seed0", tmp_path / "arm.jsonl", "c.py", {"steps": 3})
+    job.packed.write_text(json.dumps(record({0: 1.0, 2: 3.0, 4: 0.5})) + "\n")
+    assert [job.loss_at(update) for update in (2, 4)] == [3.0, 0.5] and math.isnan(job.loss_at(5))
+    with pytest.raises(UserError, match="seed0 was not validated at update 3; choose other --steps"):
+        job.state()
+    folders = ["--results", str(tmp_path), "--runs", str(tmp_path / "runs")]
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "gluon.jsonl").write_text(json.dumps(record({0: 1.0, 200: 3.0}) | {"run": "trial00"}) + "\n")
+    (tmp_path / "sweep" / "best.json").write_text("{}")
+    with pytest.raises(UserError, match="trial00 was not validated at update 10"):
+        sweep.main(["--methods", "gluon", "--steps", "40", *folders])
+    assert (tmp_path / "sweep" / "best.json").read_text() == "{}"
+
+
+def test_options_after_two_dashes_are_read_as_the_trainer_reads_them(tmp_path):
+    folders = figures.Folders(tmp_path, tmp_path)
+    arm = figures.plan(3, "mini", 1, 2, folders, figures.extra_options(["--lr", "1e-3", "--batch-size=4"])).arms[1]
+    assert (arm.options["lr"], arm.options["batch_size"]) == (1e-3, 4) and arm.setting.startswith("lr 0.001, ")
+    for words, said in [
+        ("--lr fast", "--lr must be a finite number"),
+        ("--lrr 1", "unknown option '--lrr'"),
+        ("--seed 3", "--seed can't follow --"),
+        ("--results-dir x", "--results-dir can't follow --"),
+    ]:
+        with pytest.raises(UserError, match=said):
+            figures.main(["--figure", "3", "--scale", "mini", "--", *words.split()])
+
+
+def test_a_folder_that_can_not_be_made_is_told_before_the_first_run(tmp_path):
+    (tmp_path / "file").write_text("")
+    job = Job(tmp_path / "seed0", tmp_path / "file" / "arm.jsonl", "c.py", {"steps": 3})
+    with pytest.raises(FileExistsError):
+        pack([job])
 
 
 @pytest.fixture

@@ -1,7 +1,9 @@
 """benchmarks/gpu_day.py at toy size on the CPU, and its sections that fail or hang."""
 
 import json
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -33,6 +35,17 @@ def fails(lab: Lab) -> None:
 def hangs(lab: Lab) -> None:
     lab.note("pid", subprocess.Popen(["sleep", "60"]).pid)
     time.sleep(60)
+
+
+def interrupts(lab: Lab) -> None:
+    os.kill(os.getppid(), signal.SIGINT)
+    time.sleep(60)
+
+
+def test_ctrl_c_ends_the_section():
+    with pytest.raises(KeyboardInterrupt):
+        run_section(Section(interrupts, 1.0), "cpu", True, 20)
+    assert not multiprocessing.active_children()
 
 
 def alive(pid: int) -> bool:

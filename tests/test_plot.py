@@ -173,6 +173,9 @@ def test_packed_runs(tmp_path, capsys):
     assert math.isnan(plot.read_run(packed / "seed1").val_loss[3])
     with pytest.raises(UserError, match=r"arm\.jsonl has no run seed2"):
         plot.read_run(packed / "seed2")
+    packed.write_text("")
+    with pytest.raises(UserError, match=r"arm\.jsonl is empty"):
+        plot.main([str(packed), "--out", str(tmp_path / "x.png")])
 
 
 @pytest.mark.slow

@@ -72,7 +72,7 @@ def test_fit_does_not_depend_on_units():
 
 
 def test_fit_refuses_what_is_not_finite():
-    with pytest.raises(ValueError, match="finite"):
+    with pytest.raises(UserError, match="two updates or more"):
         smoothness.fit_line([1.0, math.nan], [1.0, 1.0])
 
 
@@ -213,5 +213,10 @@ def test_mistakes_are_one_line(short_run, tmp_path):
         smoothness.main([*arguments, "--pool", "1"])
     with pytest.raises(UserError, match="need more data than"):
         smoothness.main([*arguments, "--pool", "100000"])
-    with pytest.raises(UserError, match="run without --replot"):
-        smoothness.main(["--out", str(tmp_path), "--replot"])
+    with pytest.raises(UserError, match="lower --lr"):
+        smoothness.main([*arguments, "--lr", "1e35"])
+    for text in (None, "{", "{}", "[1]"):
+        if text:
+            (tmp_path / "smoothness.json").write_text(text)
+        with pytest.raises(UserError, match=r"smoothness.json.*run without --replot"):
+            smoothness.main(["--out", str(tmp_path), "--replot"])

@@ -69,7 +69,7 @@ def read_packed(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         try:
             run = json.loads(line)
-            right = isinstance(run["run"], str) and isinstance(run["config"], dict)
+            right = isinstance(run["run"], str) and all(isinstance(run[key], dict) for key in ("config", "environment"))
             for record in run["metrics"]:
                 record |= {key: math.nan for key in LOSSES if key in record and record[key] is None}
                 right = right and all(_is_number(record[key]) for key in (*AXES, *(k for k in LOSSES if k in record)))
@@ -87,7 +87,9 @@ def unpacked(paths: Iterable[Path]) -> list[Path]:
 
 
 def _runs_of(path: Path) -> list[Path]:
-    return [path / run["run"] for run in read_packed(path)]
+    if not (runs := read_packed(path)):
+        raise UserError(f"{path} is empty; leave it out")
+    return [path / run["run"] for run in runs]
 
 
 def _packed(run_dir: Path) -> dict[str, Any] | None:

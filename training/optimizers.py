@@ -63,7 +63,7 @@ def build_optimizer(model: GPT, config: Config) -> Optimizer:
 
 def optimizer_class(name: str) -> type[Optimizer]:
     """The class that `optimizer` names. Raises UserError if it can't be found or is not an optimizer."""
-    if ":" not in name:
+    if name in OPTIMIZERS:
         return OPTIMIZERS[name]
     module_name, _, class_name = name.partition(":")
     try:
