@@ -178,8 +178,8 @@ def duration(seconds: float) -> str:
 def signs(number: int, comparison: Comparison, speed: Mapping[str, Any] | None) -> list[str]:
     """Whether the paper's sign is seen, a line for each variant."""
     base = comparison.curves(comparison.baseline, speed)
-    lines = []
-    for row in compare(comparison, speed)[1:]:
+    lines, (gluon, *rows) = [], compare(comparison, speed)
+    for row in rows:
         if "equal_updates" not in row:  # no seed in common with the baseline yet
             continue
         own = comparison.curves(next(arm for arm in comparison.arms if arm.key == row["arm"]), speed)
@@ -196,9 +196,8 @@ def signs(number: int, comparison: Comparison, speed: Mapping[str, Any] | None) 
         line = f"{row['label']}: a lower loss at equal updates is **{seen}**, {gap} at {row['equal_updates']['budget']:,.0f}; "
         line += lead
         if number == 4:
-            line += (
-                f"; a transient instability is {'seen' if row['rise'] > 0.01 else 'not seen'} (largest rise {row['rise']:.3f})"
-            )
+            instability = "seen" if row["rise"] > 2 * gluon["rise"] else "not seen"
+            line += f"; a transient instability, a rise of twice Gluon's {gluon['rise']:.3f}, is {instability}"
         lines.append(line)
     return lines
 
