@@ -117,9 +117,9 @@ INTRO = """\
 Written by `python -m benchmarks.optimizers`. {machine}
 
 All contestants get copies of the same weights and gradients and take turns in every round. × is the
-median of the rounds' ratios. Five iterations each; torch's Muon multiplies in bfloat16 on every
-device, ours where the device has units for it. What the closures take is left out. The products alone
-are those of the five iterations, into buffers that stay.
+median of the rounds' ratios. Polar factors take five iterations. torch's Muon multiplies in bfloat16
+on every device, ours only on a device with units for it. Time inside closures does not count. "The
+products alone" are the matrix products of the five iterations, written into fixed buffers.
 """
 
 if __name__ == "__main__":

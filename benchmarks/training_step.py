@@ -115,14 +115,14 @@ def run_set(name: str, device: torch.device, rounds: int, budget: float) -> tupl
 
 
 INTRO = """\
-# The whole training step
+# A training step
 
 Written by `python -m benchmarks.training_step`. {machine}
 
 Models of one size on the same tokens take turns in every round. × is the median of the rounds' ratios.
-The plain loops are those of `benchmarks/plain.py`, as nanoGPT writes them; its model has LayerNorm,
-GELU and learned positions instead of RMS norms, squared ReLU and rotary positions. Ours run in bfloat16
-autocast where the device has units for it.
+The plain loops are in `benchmarks/plain.py` and follow nanoGPT. Their model has LayerNorm, GELU and
+learned positions instead of RMS norms, squared ReLU and rotary positions. Ours run in bfloat16
+autocast on a device with units for it.
 """
 
 if __name__ == "__main__":

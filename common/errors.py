@@ -31,14 +31,14 @@ class UserError(Exception):
 
 @contextmanager
 def as_written(path: Path, remedy: str) -> Iterator[None]:
-    """Turn what the block raises if a file is missing or has another form into a UserError with the file and the remedy."""
+    """If the block fails because `path` is missing or malformed, raise a UserError that names it and the remedy."""
     try:
         yield
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; {remedy}") from None
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:80]}"
-        raise UserError(f"{path} is damaged, or of another version ({reason}); {remedy}") from None
+        raise UserError(f"{path} is damaged or was written by another version ({reason}); {remedy}") from None
 
 
 class Parser(argparse.ArgumentParser):
@@ -109,20 +109,20 @@ def one_line_errors(program: str, interrupted: str = "interrupted") -> Iterator[
 
 
 def _reader_is_gone() -> bool:
-    """Whether nobody reads stdout any more, as after `| head -1`."""
+    """Whether the reader of stdout has closed it, as `| head -1` does."""
     stdout = select.poll()
     stdout.register(1, 0)
     return bool(stdout.poll(0))
 
 
 def _out_of_memory(error: Exception) -> bool:
-    """Python's error, or torch's on a GPU or a CPU."""
+    """Whether this is Python's error or one of torch's, on a GPU or a CPU."""
     names = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     return names or "can't allocate memory" in str(error)
 
 
 def _on_import(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """A `sys.excepthook`."""
+    """A `sys.excepthook`: one line for Ctrl-C and for a missing package."""
     if issubclass(kind, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
     elif isinstance(error, ModuleNotFoundError):
@@ -132,7 +132,7 @@ def _on_import(kind: type[BaseException], error: BaseException, trace: Traceback
         sys.__excepthook__(kind, error, trace)
 
 
-# Before `one_line_errors`, our commands import torch, which takes seconds. The package of `python -m` is imported first.
+# Our commands import torch before `one_line_errors` begins, and that takes seconds. `python -m` imports the package first.
 if Path(sys.argv[0]).name in ("-m", "train_gpt.py"):
     sys.excepthook = _on_import
 

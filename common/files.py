@@ -29,7 +29,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file of text in UTF-8, whole or not at all."""
+    """Write a UTF-8 text file atomically."""
     with atomic_file(path) as file:
         file.write(text.encode())
 

@@ -1,3 +1,3 @@
-"""What is done with runs: each is run as `python -m scripts.NAME`."""
+"""The commands for runs. Run one with `python -m scripts.NAME`."""
 
 import common.errors  # noqa: F401  # first, so that Ctrl-C while torch is imported is one line

@@ -392,7 +392,7 @@ def test_a_damaged_file_is_one_line(tmp_path, monkeypatch, name, text):
     path.write_text(text)
     monkeypatch.setattr(study_map, "differences", lambda *_: [{}])  # as if there were runs
     places = ["--out", str(tmp_path)] if module is rates else ["--results", str(tmp_path), "--runs", str(tmp_path / "runs")]
-    with pytest.raises(UserError, match=f"{path.name} is damaged, or of another version") as caught:
+    with pytest.raises(UserError, match=f"{path.name} is damaged or was written by another version") as caught:
         module.main([*words.split(), *places])
     assert "\n" not in str(caught.value) and path.read_text() == text
 
