@@ -1,0 +1,108 @@
+"""What could a perfect correction give? Gluon without momentum, on a gradient with an eighth of the variance.
+
+    python -m experiments.limit --jobs 2       run or resume what is missing, and draw; about 15 minutes of two cores
+    python -m experiments.limit --plot-only    draw again, from the packed records
+
+MVR-1 with γ = 1 estimates the gradient at the present weights without bias, for every β. So it is Gluon without momentum
+(β = 0) on a gradient with less noise. This study gives Gluon without momentum such a gradient directly: 64 sequences a step
+instead of 8. If that trains no better than Gluon's ordinary momentum on 8 sequences, then no correction can: momentum does
+more than remove noise. The runs with 8 sequences are those of figures 1 and 3.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from common.errors import Parser, UserError, one_line_errors, positive
+from common.files import write_text
+from common.pictures import COLOURS, INK, LOOK, pyplot
+from common.tables import markdown
+from experiments.comparison import RESULTS, RUNS, Arm, Comparison
+from experiments.figures import GLUON, LR, MVR1, Folders
+from experiments.run_jobs import GOES_ON, run_all
+from experiments.statistics import interval
+
+SMALL, LARGE, STEPS = 8, 64, 300
+PLACES = (100, 200, 300)
+
+
+def plan(folders: Folders, seeds: int) -> Comparison:
+    """Gluon and MVR-1 on small batches, Gluon with and without momentum on large ones."""
+    small = [Arm(f"b{SMALL}/{arm.key}", arm.label, {**arm.options, "lr": LR, "batch_size": SMALL}) for arm in (GLUON, *MVR1)]
+    large = [
+        Arm(f"b{LARGE}/gluon_beta{beta:g}", "Gluon", {**GLUON.options, "momentum": beta, "lr": LR, "batch_size": LARGE})
+        for beta in (0.9, 0.0)
+    ]
+    arms = (*small, *large)
+    place = Path("figures") / "mini"
+    steps = {arm.key: STEPS for arm in arms}
+    return Comparison("", arms, tuple(range(seeds)), steps, folders.runs / place, folders.results / place)
+
+
+def rows_of(comparison: Comparison) -> list[dict[str, Any]]:
+    """Each arm's losses and its paired differences from Gluon's momentum on small batches, at PLACES."""
+    base, rows = comparison.curves(comparison.baseline), []
+    for arm in comparison.arms:
+        curves = comparison.curves(arm)
+        pairs = sorted(curves.keys() & base.keys())
+        if pairs:
+            losses = {u: interval([c.at("updates", u) for c in curves.values()]) for u in PLACES}
+            gaps = {u: interval([curves[s].at("updates", u) - base[s].at("updates", u) for s in pairs]) for u in PLACES}
+            rows.append({"arm": arm, "curves": curves, "losses": losses, "gaps": gaps})
+    return rows
+
+
+def page(rows: list[dict[str, Any]]) -> str:
+    """The table as Markdown."""
+    last = PLACES[-1]
+    lines = [["method", "setting", "seeds", f"loss at {last} [95%]", *(f"minus the first row, at {u}" for u in PLACES)]]
+    for row in rows:
+        gaps = [row["gaps"][u].judged if row is not rows[0] else "" for u in PLACES]
+        lines.append([row["arm"].label, row["arm"].setting, f"{len(row['curves'])}", row["losses"][last].level, *gaps])
+    head = "Made by `python -m experiments.limit`. Below zero: better than Gluon's momentum on small batches."
+    return "\n".join(["# The limit of a perfect correction", "", head, "", markdown(lines), "![the curves](limit.png)", ""])
+
+
+def draw(rows: list[dict[str, Any]], out: Path) -> None:
+    """Draw the mean validation losses against updates."""
+    plt = pyplot()
+    with plt.rc_context(LOOK):
+        figure, panel = plt.subplots(figsize=(8, 4.6), layout="constrained")
+        for i, row in enumerate(rows):
+            places = [u for u in next(iter(row["curves"].values())).updates if 50 <= u <= PLACES[-1]]
+            means = [interval([c.at("updates", u) for c in row["curves"].values()]).mean for u in places]
+            style = "--" if row["arm"].options["batch_size"] == LARGE else "-"
+            label = f"{row['arm'].label} ({row['arm'].setting})"
+            panel.plot(places, means, style, color=INK if i == 0 else COLOURS[(i - 1) % len(COLOURS)], lw=1.8, label=label)
+        panel.set(xlabel="Updates", ylabel="Validation loss")
+        panel.legend(frameon=False)
+        figure.savefig(out, dpi=130)
+        plt.close(figure)
+
+
+def main(argv: list[str]) -> None:
+    """Run what is missing, then write the page and the picture."""
+    parser = Parser(prog="experiments.limit", description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("--seeds", type=positive, default=3, help="number of seeds, from 0 on [3]")
+    parser.add_argument("--jobs", type=positive, default=1, help="runs at once, one thread each [1]")
+    parser.add_argument("--runs", type=Path, default=RUNS, help="where runs go [runs]")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where results go [results]")
+    parser.add_argument("--plot-only", action="store_true", help="draw what is there")
+    arguments = parser.parse_args(argv)
+    folders = Folders(arguments.runs, arguments.results)
+    comparison = plan(folders, arguments.seeds)
+    if not arguments.plot_only:
+        run_all(comparison.jobs(), arguments.jobs)
+    rows = rows_of(comparison)
+    if not rows:
+        raise UserError("no run of Gluon on small batches is done yet; leave out --plot-only")
+    out = folders.results / "limit"
+    out.mkdir(parents=True, exist_ok=True)
+    draw(rows, out / "limit.png")
+    write_text(out / "README.md", page(rows))
+    print(page(rows))
+
+
+if __name__ == "__main__":
+    with one_line_errors("experiments.limit", interrupted=GOES_ON):
+        main(sys.argv[1:])
