@@ -35,7 +35,7 @@ corrections = pytest.mark.parametrize("bias_correction", [True, False], ids=["co
 SETTINGS = {"lr": 0.02, "weight_decay": 0.1, "momentum": BETA}
 
 
-def path_of(cls, steps=8, schedule=None, flush=None, **options):
+def path_of(cls, steps=8, schedule=None, flush=None, one_batch=False, **options):
     """The weights after every update of a small model with layers of every kind."""
     net = Net()
     optimizer = cls(net.groups(), **SETTINGS | options)
@@ -43,7 +43,7 @@ def path_of(cls, steps=8, schedule=None, flush=None, **options):
     for k in range(steps):
         for group in optimizer.param_groups:
             group.update(schedule(k) if schedule else {})
-        optimizer.step(closure_of(net, k))
+        optimizer.step(closure_of(net, 0 if one_batch else k))
         path[optimizer.updates] = weights(net)
         if k == flush:
             optimizer.flush()
@@ -115,6 +115,17 @@ def test_with_beta_zero_mvr2_and_mvr3_are_mvr1_with_beta_one_minus_q(flush, bias
     assert path_distance(path_of(GluonMVR2, momentum=0.0, q=Q, **options), expected) < 1e-12
     for gamma in (1.0, GAMMA):
         assert path_distance(path_of(GluonMVR3, momentum=0.0, q=Q, gamma=gamma, **options), expected) < 1e-12
+
+
+@corrections
+@pytest.mark.parametrize("cls", [GluonMVR1, GluonMVR3])
+def test_on_exact_gradients_a_full_correction_removes_all_momentum(cls, bias_correction):
+    """If every batch is the same, MVR-1 and MVR-3 with γ = 1 are Gluon with β = 0, whatever β and q are."""
+    same = {"one_batch": True, "bias_correction": bias_correction}
+    plain = path_of(Gluon, momentum=0.0, **same)
+    options = {"gamma": 1.0} | ({"q": Q} if cls is GluonMVR3 else {})
+    assert path_distance(path_of(cls, **options, **same), plain) < 1e-9
+    assert path_distance(path_of(Gluon, **same), plain) > 1e-3
 
 
 def test_beta_and_one_minus_q_can_be_swapped_in_mvr3():
