@@ -17,6 +17,7 @@ claim says that the differences above the line are negative.
 import json
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from training.config import load_config
 LRS = (6.25e-5, 1.25e-4, 2.5e-4, 5e-4, 1e-3)
 BETAS = (0.05, 0.2, 0.5, 0.8, 0.9)
 QS = (0.2, 0.35, 0.5, 0.8)
+WEIGHTS = {"mvr1": tuple(sorted(round(1 - beta, 6) for beta in BETAS)), "mvr2": QS}  # of the new gradient; rows of a map
 STEPS, SHARE = 600, 5  # the long horizon, and how much shorter the other is
 BATCH, NOISE_STEPS, POOL = 8, 60, 8
 
@@ -118,14 +120,18 @@ def verdict(rows: list[dict[str, Any]], ratios: dict[float, float]) -> str:
 def page(rows: list[dict[str, Any]], ratios: dict[float, float]) -> str:
     """The maps as Markdown."""
     names = {"mvr1": "MVR-1 minus Gluon at the same β; rows: 1-β", "mvr2": "MVR-2 minus Gluon, β = 0.9; rows: q"}
-    out = ["# Where the correction pays", "", "Made by `python -m experiments.map`. Below zero: the correction helps."]
+    seeds = max(row["difference"].n for row in rows)
+    made = f"Made by `python -m experiments.map`, {seeds} seed{'s' * (seeds > 1)}. Below zero: the correction helps."
+    out = ["# Where the correction pays", "", made]
     out += ["", markdown([["", *(f"lr {lr:g}" for lr in LRS)], ["S/σ", *(f"{ratios[lr]:.2f}" for lr in LRS)]])]
     for horizon in sorted({row["horizon"] for row in rows}):
         for method, name in names.items():
             mine = [row for row in rows if row["method"] == method and row["horizon"] == horizon]
             table = [["", *(f"lr {lr:g}" for lr in LRS)]]
-            for weight in sorted({row["weight"] for row in mine}):
-                line = {row["lr"]: str(row["difference"]) for row in mine if row["weight"] == weight}
+            for weight in WEIGHTS[method]:
+                line = {
+                    row["lr"]: str(row["difference"]).removesuffix(" (one seed)") for row in mine if row["weight"] == weight
+                }
                 table.append([f"{weight:g}", *(line.get(lr, "") for lr in LRS)])
             if mine:
                 out += [f"## {name}, {horizon:,} updates", "", markdown(table), f"Here {verdict(mine, ratios)}.", ""]
@@ -143,15 +149,15 @@ def draw(rows: list[dict[str, Any]], ratios: dict[float, float], out: Path) -> N
         for i, horizon in enumerate(horizons):
             for j, method in enumerate(("mvr1", "mvr2")):
                 panel, mine = panels[i][j], [row for row in rows if (row["method"], row["horizon"]) == (method, horizon)]
-                weights = sorted({row["weight"] for row in mine})
+                weights = WEIGHTS[method]
                 grid = [[math.nan] * len(LRS) for _ in weights]
                 for row in mine:
                     x, y, mean = LRS.index(row["lr"]), weights.index(row["weight"]), row["difference"].mean
                     grid[y][x] = min(max(mean, -most), most)
-                    panel.text(
-                        x, y, f"{mean:+.3f}" if math.isfinite(mean) else "diverged", ha="center", va="center", fontsize=9
-                    )
-                shown = panel.imshow(grid, cmap="RdBu_r", vmin=-most, vmax=most, origin="lower", aspect="auto", alpha=0.8)
+                    shown = f"{mean:+.3f}" if math.isfinite(mean) else "diverged"
+                    colour = "white" if abs(grid[y][x]) > 0.7 * most else INK
+                    panel.text(x, y, shown, ha="center", va="center", fontsize=9, color=colour)
+                picture = panel.imshow(grid, cmap="RdBu_r", vmin=-most, vmax=most, origin="lower", aspect="auto", alpha=0.8)
                 panel.plot(range(len(LRS)), [_place(ratios[lr], weights) for lr in LRS], ":", color=INK, lw=2)
                 panel.set_xticks(range(len(LRS)), [f"{lr:g}" for lr in LRS])
                 panel.set_yticks(range(len(weights)), [f"{weight:g}" for weight in weights])
@@ -159,12 +165,12 @@ def draw(rows: list[dict[str, Any]], ratios: dict[float, float], out: Path) -> N
                 name = "MVR-1 minus Gluon at this β" if method == "mvr1" else "MVR-2 minus Gluon, β = 0.9"
                 panel.set_title(f"{name}, {horizon:,} updates", fontsize=11, loc="left")
                 panel.tick_params(length=0)
-        figure.colorbar(shown, ax=panels, label="validation loss minus Gluon's (dotted: S/σ)", shrink=0.7)
+        figure.colorbar(picture, ax=panels, label="validation loss minus Gluon's (dotted: S/σ)", shrink=0.7)
         figure.savefig(out, dpi=130)
         plt.close(figure)
 
 
-def _place(ratio: float, weights: list[float]) -> float:
+def _place(ratio: float, weights: Sequence[float]) -> float:
     """The position of a number among the rows of a map, interpolated on a logarithmic scale."""
     logs, x = [math.log(weight) for weight in weights], math.log(ratio)
     i = max(1, min(len(logs) - 1, sum(log < x for log in logs)))

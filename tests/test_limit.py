@@ -1,11 +1,13 @@
 """experiments/limit.py on made-up records: the pairs of runs, the page and the picture."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from common.errors import UserError
 from experiments import limit as study
+from experiments.comparison import RESULTS
 from experiments.figures import Folders
 
 
@@ -36,6 +38,11 @@ def test_differences_are_paired_with_gluon(tmp_path, capsys):
     assert out.count("**worse**") == out.count("**better**") == 6
     assert (tmp_path / "limit" / "limit.png").stat().st_size > 10_000
     assert (tmp_path / "limit" / "README.md").read_text() in out
+
+
+def test_the_page_agrees_with_the_records():
+    rows = study.rows_of(study.plan(Folders(Path("no runs"), RESULTS), 3))
+    assert study.page(rows) == (RESULTS / "limit" / "README.md").read_text()
 
 
 def test_nothing_to_draw_is_one_line(tmp_path):

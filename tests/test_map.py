@@ -2,11 +2,13 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 
 from common.errors import UserError
 from experiments import map as study
+from experiments.comparison import RESULTS
 from experiments.figures import Folders
 
 
@@ -55,6 +57,14 @@ def test_a_diverged_run_is_no_gain(tmp_path):
 def test_places_on_the_map():
     assert study._place(0.2, [0.1, 0.2, 0.5]) == pytest.approx(1)
     assert study._place(0.1 * math.sqrt(2), [0.1, 0.2, 0.5]) == pytest.approx(0.5)
+
+
+def test_the_page_agrees_with_the_records():
+    folders = Folders(Path("no runs"), RESULTS)
+    found = study.losses(folders, study.STEPS, 1)
+    rows = [row for horizon in (study.STEPS // study.SHARE, study.STEPS) for row in study.differences(found, horizon)]
+    page = study.page(rows, study.noise(RESULTS / "map" / "noise.json", []))
+    assert page == (RESULTS / "map" / "README.md").read_text()
 
 
 def test_mistakes_are_one_line(tmp_path):
