@@ -112,8 +112,8 @@ def verdict(rows: list[dict[str, Any]], ratios: dict[float, float]) -> str:
     below = sum(row["difference"].mean < 0 for row in rows)
     predicted = sum(ratios[row["lr"]] < row["weight"] for row in rows)
     return (
-        f"the correction lowers the loss in {below} of {len(rows)} cells, the claim says {predicted}, "
-        f"and it names the sign of {right}"
+        f"The correction lowers the loss in {below} of {len(rows)} cells. The claim says {predicted}, "
+        f"and names the sign of {right}."
     )
 
 
@@ -134,7 +134,7 @@ def page(rows: list[dict[str, Any]], ratios: dict[float, float]) -> str:
                 }
                 table.append([f"{weight:g}", *(line.get(lr, "") for lr in LRS)])
             if mine:
-                out += [f"## {name}, {horizon:,} updates", "", markdown(table), f"Here {verdict(mine, ratios)}.", ""]
+                out += [f"## {name}, {horizon:,} updates", "", markdown(table), verdict(mine, ratios), ""]
     return "\n".join([*out, "![the maps](map.png)", ""])
 
 
