@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import Parser, UserError, one_line_errors
-from common.files import atomic_file
+from common.files import atomic_file, write_text
 
 MAGIC = 20240520
 VERSION = 1
@@ -194,8 +194,7 @@ def shard_info(path: Path | str, progress: Progress = _silent) -> ShardInfo:
 def write_manifest(directory: Path | str, manifest: Manifest) -> None:
     """Write `manifest.json`, atomically."""
     manifest.files = dict(sorted(manifest.files.items()))
-    with atomic_file(Path(directory) / MANIFEST) as file:
-        file.write((json.dumps(asdict(manifest), indent=1) + "\n").encode())
+    write_text(Path(directory) / MANIFEST, json.dumps(asdict(manifest), indent=1) + "\n")
 
 
 def read_manifest(directory: Path | str) -> Manifest | None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from common.errors import as_written
+from common.errors import Parser, as_written, positive
 from common.files import write_text
 from common.jsons import jsonable
 from common.pictures import COLOURS, INK, LOOK, STYLES, pyplot
@@ -25,6 +25,15 @@ RUNS = ROOT / "runs"
 UNITS = {"updates": "updates", "passes": "gradients", "seconds": "s"}
 
 Curves = Mapping[int, Curve]  # by seed
+
+
+def study_parser(name: str, about: str) -> Parser:
+    """The command line of a study that runs train_gpt.py, with the options that all of them have."""
+    parser = Parser(prog=f"experiments.{name}", description=about.partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("--jobs", type=positive, default=1, help="runs at once on a CPU, one thread each [1]")
+    parser.add_argument("--runs", type=Path, default=RUNS, help="where runs go [runs]")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where results go [results]")
+    return parser
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ from urllib.parse import unquote
 import numpy as np
 
 from common.errors import Parser, UserError, one_line_errors
-from common.files import atomic_file
+from common.files import write_text
 from data.shards import list_shards, open_shard
 from data.tokenize_text import ENCODINGS, load_encoder, tokenize_documents
 
@@ -746,8 +746,7 @@ def write_corpus(
         "seed": seed,
         "sources": [asdict(record) for record in records],
     }
-    with atomic_file(out / "sources.json") as file:
-        file.write((json.dumps(found, indent=1) + "\n").encode())
+    write_text(out / "sources.json", json.dumps(found, indent=1) + "\n")
 
 
 def document_lengths(directory: Path, split: str, end_of_text: int) -> np.ndarray:

@@ -266,11 +266,12 @@ PANELS: dict[str, Callable[[dict[str, Any]], float | None]] = {
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The records in a file."""
+    """The records in a file. Raises UserError if a panel cannot be drawn from one."""
     with as_written(path, "--draw takes files that this command wrote"):
         records = [json.loads(line) for line in path.read_text().splitlines()]
         for record in records:
-            [value(record) for value in PANELS.values()]
+            for value in PANELS.values():
+                value(record)
     return records
 
 

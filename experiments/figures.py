@@ -25,11 +25,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from common.errors import Parser, UserError, one_line_errors, positive
+from common.errors import UserError, one_line_errors, positive
 from common.tables import aligned
-from experiments.comparison import CONFIG, RESULTS, RUNS, Arm, Comparison, body, compare, read_speed, replace_section, write
+from experiments.comparison import (
+    CONFIG,
+    RESULTS,
+    RUNS,
+    Arm,
+    Comparison,
+    body,
+    compare,
+    read_speed,
+    replace_section,
+    study_parser,
+    write,
+)
 from experiments.run_jobs import GOES_ON, ROOT, run_all, words_of
 from experiments.setup import evaluations
+from experiments.statistics import difference
 from training.config import Config, load_config
 from training.metrics import PEAK_FLOPS
 
@@ -186,8 +199,7 @@ def signs(number: int, comparison: Comparison, speed: Mapping[str, Any] | None) 
         gap = row["equal_updates"]["difference"]
         seen = {"better": "seen", "worse": "not seen", "undecided": "undecided"}[gap.verdict]
         places = [u for u in next(iter(own.values())).updates if 0 < u <= row["equal_updates"]["budget"]]
-        pairs = sorted(own.keys() & base.keys())
-        leads = {u: sum(own[s].at("updates", u) - base[s].at("updates", u) for s in pairs) / len(pairs) for u in places}
+        leads = {u: difference(own, base, "updates", u)[1].mean for u in places}
         ahead = sum(lead < 0 for lead in leads.values())
         best = min(leads, key=leads.get)
         lead = f"ahead at {ahead} of {len(leads)} validations, at most by {-leads[best]:.3f} (at {best:,.0f})"
@@ -229,15 +241,12 @@ def extra_options(words: list[str]) -> dict[str, str]:
 def main(argv: list[str]) -> None:
     """Plan; print, or run; draw."""
     own, extra = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
-    parser = Parser(prog="experiments.figures", description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser = study_parser("figures", __doc__)
     parser.add_argument("--figure", type=int, choices=tuple(FIGURES), required=True)
     parser.add_argument("--scale", choices=("full", "mini"), default="full")
     parser.add_argument("--seeds", type=positive, help="number of seeds, from 0 on (default: 1 at full size, 5 at mini)")
     parser.add_argument("--steps", type=positive, help="updates (default: the config's; mini: 1000, figure 4: 3000)")
     parser.add_argument("--only", nargs="+", metavar="ARM", help="run only these arms")
-    parser.add_argument("--jobs", type=positive, default=1, help="mini runs at once, one thread each [1]")
-    parser.add_argument("--runs", type=Path, default=RUNS, help="where runs go [runs]")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="where results go [results]")
     parser.add_argument("--dry-run", action="store_true", help="print what would run, and how long it takes")
     parser.add_argument("--plot-only", action="store_true", help="draw what is there")
     arguments = parser.parse_args(own)

@@ -9,21 +9,23 @@ the same variance and no bias either. So Gluon with β = 0 on such batches is MV
 runs with 8 sequences a step are those of figures 1 and 3.
 """
 
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
-from common.errors import Parser, UserError, one_line_errors, positive
+from common.errors import UserError, one_line_errors, positive
 from common.files import write_text
 from common.pictures import COLOURS, INK, LOOK, pyplot
 from common.tables import markdown
-from experiments.comparison import RESULTS, RUNS, Arm, Comparison
+from experiments.comparison import Arm, Comparison, study_parser
 from experiments.figures import GLUON, LR, MVR1, Folders
 from experiments.run_jobs import GOES_ON, run_all
-from experiments.statistics import interval
+from experiments.statistics import difference, interval
 
+TITLE = "The limit of a perfect correction"
 BATCH, STEPS = 8, 300
-PLACES = (100, 200, 300)
+PLACES = (100, 200, STEPS)
 
 
 def plan(folders: Folders, seeds: int) -> Comparison:
@@ -37,7 +39,7 @@ def plan(folders: Folders, seeds: int) -> Comparison:
             _on_batches(perfect, perfect.label, round(BATCH * (1 + beta) / (1 - beta))),
         ]
     place, steps = Path("figures") / "mini", {arm.key: STEPS for arm in arms}
-    return Comparison("", tuple(arms), tuple(range(seeds)), steps, folders.runs / place, folders.results / place)
+    return Comparison(TITLE, tuple(arms), tuple(range(seeds)), steps, folders.runs / place, folders.results / place)
 
 
 def _on_batches(arm: Arm, label: str, batch: int) -> Arm:
@@ -45,27 +47,25 @@ def _on_batches(arm: Arm, label: str, batch: int) -> Arm:
 
 
 def rows_of(comparison: Comparison) -> list[dict[str, Any]]:
-    """Each arm's losses and its paired differences from Gluon, at PLACES."""
+    """Each arm's loss at the end, and its paired differences from Gluon at PLACES."""
     base, rows = comparison.curves(comparison.baseline), []
     for arm in comparison.arms:
         curves = comparison.curves(arm)
-        pairs = sorted(curves.keys() & base.keys())
-        if pairs:
-            losses = {u: interval([c.at("updates", u) for c in curves.values()]) for u in PLACES}
-            gaps = {u: interval([curves[s].at("updates", u) - base[s].at("updates", u) for s in pairs]) for u in PLACES}
-            rows.append({"arm": arm, "curves": curves, "losses": losses, "gaps": gaps})
+        if curves.keys() & base.keys():
+            loss = interval([c.at("updates", STEPS) for c in curves.values()])
+            gaps = {u: difference(curves, base, "updates", u)[1] for u in PLACES}
+            rows.append({"arm": arm, "curves": curves, "loss": loss, "gaps": gaps})
     return rows
 
 
 def page(rows: list[dict[str, Any]]) -> str:
     """The table as Markdown."""
-    last = PLACES[-1]
-    lines = [["method", "setting", "seeds", f"loss at {last} [95%]", *(f"minus Gluon, at {u}" for u in PLACES)]]
+    lines = [["method", "setting", "seeds", f"loss at {STEPS} [95%]", *(f"minus Gluon, at {u}" for u in PLACES)]]
     for row in rows:
         gaps = [row["gaps"][u].judged if row is not rows[0] else "" for u in PLACES]
-        lines.append([row["arm"].label, row["arm"].setting, f"{len(row['curves'])}", row["losses"][last].level, *gaps])
+        lines.append([row["arm"].label, row["arm"].setting, f"{len(row['curves'])}", row["loss"].level, *gaps])
     head = "Made by `python -m experiments.limit`. Below zero: better than Gluon."
-    return "\n".join(["# The limit of a perfect correction", "", head, "", markdown(lines), "![the curves](limit.png)", ""])
+    return "\n".join([f"# {TITLE}", "", head, "", markdown(lines), "![the curves](limit.png)", ""])
 
 
 def draw(rows: list[dict[str, Any]], out: Path) -> None:
@@ -74,8 +74,8 @@ def draw(rows: list[dict[str, Any]], out: Path) -> None:
     with plt.rc_context(LOOK):
         figure, panel = plt.subplots(figsize=(8, 4.6), layout="constrained")
         for i, row in enumerate(rows):
-            places = [u for u in next(iter(row["curves"].values())).updates if 50 <= u <= PLACES[-1]]
-            means = [interval([c.at("updates", u) for c in row["curves"].values()]).mean for u in places]
+            places = [u for u in next(iter(row["curves"].values())).updates if 50 <= u <= STEPS]
+            means = [statistics.fmean(c.at("updates", u) for c in row["curves"].values()) for u in places]
             style = "-" if row["arm"].options["batch_size"] == BATCH else "--"
             label = f"{row['arm'].label} ({row['arm'].setting})"
             panel.plot(places, means, style, color=INK if i == 0 else COLOURS[(i - 1) // 2], lw=1.8, label=label)
@@ -87,11 +87,8 @@ def draw(rows: list[dict[str, Any]], out: Path) -> None:
 
 def main(argv: list[str]) -> None:
     """Run what is missing, then write the page and the picture."""
-    parser = Parser(prog="experiments.limit", description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser = study_parser("limit", __doc__)
     parser.add_argument("--seeds", type=positive, default=3, help="number of seeds, from 0 on [3]")
-    parser.add_argument("--jobs", type=positive, default=1, help="runs at once, one thread each [1]")
-    parser.add_argument("--runs", type=Path, default=RUNS, help="where runs go [runs]")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="where results go [results]")
     parser.add_argument("--plot-only", action="store_true", help="draw what is there")
     arguments = parser.parse_args(argv)
     folders = Folders(arguments.runs, arguments.results)

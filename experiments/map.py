@@ -21,13 +21,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common.errors import Parser, UserError, as_written, one_line_errors, positive
+from common.errors import UserError, as_written, one_line_errors, positive
 from common.files import write_text
 from common.jsons import jsonable
 from common.pictures import INK, LOOK, pyplot
 from common.tables import markdown
 from experiments import smoothness
-from experiments.comparison import CONFIG, RESULTS, RUNS
+from experiments.comparison import CONFIG, study_parser
 from experiments.figures import ASSUMED_TOKENS, Folders, duration
 from experiments.run_jobs import GOES_ON, ROOT, Job, run_all
 from experiments.setup import evaluations
@@ -69,8 +69,9 @@ def losses(folders: Folders, steps: int, seeds: int) -> dict[tuple[Cell, int], d
     for cell in cells():
         for seed in range(seeds):
             job = job_of(folders, cell, seed, steps)
-            if job.finished():
-                found[cell, seed] = {update: job.loss_at(update) for update in (steps // SHARE, steps)}
+            ends = {update: job.loss_at(update) for update in (steps // SHARE, steps)}
+            if not math.isnan(ends[steps]):
+                found[cell, seed] = ends
     return found
 
 
@@ -179,12 +180,9 @@ def _place(ratio: float, weights: Sequence[float]) -> float:
 
 def main(argv: list[str]) -> None:
     """Run what is missing, then write the maps."""
-    parser = Parser(prog="experiments.map", description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser = study_parser("map", __doc__)
     parser.add_argument("--steps", type=positive, default=STEPS, help=f"the long horizon, a multiple of {SHARE} [{STEPS}]")
     parser.add_argument("--seeds", type=positive, default=1, help="number of seeds, from 0 on [1]")
-    parser.add_argument("--jobs", type=positive, default=1, help="runs at once, one thread each [1]")
-    parser.add_argument("--runs", type=Path, default=RUNS, help="where runs go [runs]")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="where results go [results]")
     parser.add_argument("--plan", action="store_true", help="print the runs and stop")
     parser.add_argument("--plot-only", action="store_true", help="draw what is there")
     arguments = parser.parse_args(argv)

@@ -625,6 +625,12 @@ def machine() -> dict[str, str]:
     return {"cpu": cpu_name(), "torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()}
 
 
+def summary(report: dict) -> str:
+    """Analyse the report in place. Returns its table."""
+    analyse(report["horizons"], report["results"])
+    return table(report)
+
+
 def main(argv: Sequence[str] | None = None) -> dict:
     """Run, or only draw again. Returns the report."""
     parser = Parser(description="measured convergence rates of Gluon and MVR", allow_abbrev=False)
@@ -650,8 +656,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     if args.replot:
         with as_written(out / "rates.json", "run without --replot"):
             report = json.loads((out / "rates.json").read_text())
-            analyse(report["horizons"], report["results"])
-            table(report)
+            text = summary(report)
     else:
         horizons = [2**e for e in range(first, last + 1)]
         seeds = list(range(count))
@@ -670,11 +675,11 @@ def main(argv: Sequence[str] | None = None) -> dict:
             "tuning_horizons": [K for K in horizons if tune_to >= K],
             "results": results,
         }
-        analyse(horizons, results)
+        text = summary(report)
     write_text(out / "rates.json", json.dumps(report, ensure_ascii=False) + "\n")
-    write_text(out / "table.md", table(report))
+    write_text(out / "table.md", text)
     picture(report, out / "rates.png")
-    print(table(report))
+    print(text)
     return report
 
 

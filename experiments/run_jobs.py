@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from common.files import atomic_file
+from common.files import write_text
 from common.jsons import jsonable
 from training.curves import curve, read_config, read_metrics, read_packed
 
@@ -101,7 +101,7 @@ class Job:
             return "new"
         if "diverged" in record:
             return "diverged"
-        return "begun" if math.isnan(self.loss_at(self.steps)) else "done"
+        return "begun" if math.isnan(self._loss_in(record, self.steps)) else "done"
 
     def loss_at(self, update: int) -> float:
         """The validation loss at an update; infinite if the run diverged, nan if it is not that far yet.
@@ -109,8 +109,9 @@ class Job:
         Raises UserError if the run went past the update without a validation.
         """
         record = self.record()
-        if record is None:
-            return math.nan
+        return math.nan if record is None else self._loss_in(record, update)
+
+    def _loss_in(self, record: Record, update: int) -> float:
         found = {point["update"]: point["val_loss"] for point in curve(record["metrics"])}
         if update in found:
             return found[update] if math.isfinite(found[update]) else math.inf
@@ -158,14 +159,13 @@ def pack(jobs: Iterable[Job]) -> None:
     for job in jobs:
         files.setdefault(job.packed, []).append(job)
     for path, members in files.items():
-        path.parent.mkdir(parents=True, exist_ok=True)  # before the first run: it may not be possible
+        path.parent.mkdir(parents=True, exist_ok=True)  # before the first run, in case it fails
         before = packed_records(path)
         after = before | {job.folder.name: job.record() for job in members if job.finished()}
         if after == before:
             continue
-        with atomic_file(path) as file:
-            for _, record in sorted(after.items()):
-                file.write((json.dumps(jsonable(record), ensure_ascii=False) + "\n").encode())
+        lines = [json.dumps(jsonable(record), ensure_ascii=False) + "\n" for _, record in sorted(after.items())]
+        write_text(path, "".join(lines))
 
 
 def run_all(jobs: list[Job], at_once: int) -> None:
@@ -185,7 +185,7 @@ def run_all(jobs: list[Job], at_once: int) -> None:
     failed, packing, starting = threading.Event(), threading.Lock(), threading.Lock()
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: the runs are stopped too
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the server, which imports torch: its runs end by SIGTERM
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server inherits this; SIGTERM stops its runs
         multiprocessing.forkserver.ensure_running()
         signal.signal(signal.SIGINT, before)
 
@@ -198,7 +198,7 @@ def run_all(jobs: list[Job], at_once: int) -> None:
             with starting:
                 process.start()
             running.add(process)
-            if failed.is_set():  # meanwhile: the first start waits for the server's imports
+            if failed.is_set():  # the first start waits for the server's imports, and another run may have failed by then
                 process.terminate()
             try:
                 multiprocessing.connection.wait([process.sentinel])

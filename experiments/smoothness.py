@@ -51,7 +51,7 @@ import torch
 from torch import Tensor
 
 from common.errors import Parser, UserError, as_written, one_line_errors
-from common.files import atomic_file
+from common.files import write_text
 from common.pictures import COLOURS, LOOK, pyplot
 from common.tables import markdown
 from experiments.run_jobs import ROOT
@@ -474,8 +474,7 @@ def main(arguments: list[str] | None = None) -> None:
         config = load_config(["--config", options.config, *others])
         options.out.mkdir(parents=True, exist_ok=True)
         result = _short(measure(config, options.pool, probes, lambda line: print(line, file=sys.stderr, flush=True)))
-        with atomic_file(path) as file:
-            file.write((json.dumps(result, separators=(",", ":")) + "\n").encode())
+        write_text(path, json.dumps(result, separators=(",", ":")) + "\n")
         draw(result, options.out)
     print(table(result))
 

@@ -29,11 +29,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common.errors import Parser, UserError, as_written, one_line_errors, positive
+from common.errors import UserError, as_written, one_line_errors, positive
 from common.files import write_text
 from common.jsons import jsonable
 from common.tables import markdown
-from experiments.comparison import CONFIG, RESULTS, RUNS, Arm, Comparison, read_speed, write
+from experiments.comparison import CONFIG, Arm, Comparison, read_speed, study_parser, write
 from experiments.figures import LR, Folders
 from experiments.run_jobs import GOES_ON, ROOT, Job, packed_records, run_all
 from training.config import load_config
@@ -232,7 +232,7 @@ def evaluation(folders: Folders, seeds: int = 5, steps: int = EVALUATE_STEPS) ->
 
 def main(argv: list[str]) -> None:
     """Tune or evaluate: run what is missing, then write the tables."""
-    parser = Parser(prog="experiments.sweep", description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser = study_parser("sweep", __doc__)
     parser.add_argument(
         "--methods", nargs="+", metavar="METHOD", help=f"{', '.join(METHODS)}, or package.module:Class [all known]"
     )
@@ -243,9 +243,6 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--steps", type=positive, help=f"updates (a multiple of 4; tuning {TUNE_STEPS}, evaluation {EVALUATE_STEPS})"
     )
-    parser.add_argument("--jobs", type=positive, default=1, help="runs at once, one thread each [1]")
-    parser.add_argument("--runs", type=Path, default=RUNS, help="where runs go [runs]")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="where results go [results]")
     parser.add_argument("--plan", action="store_true", help="print the runs known so far and stop")
     arguments = parser.parse_args(argv)
     folders = Folders(arguments.runs, arguments.results)

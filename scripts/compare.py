@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import Parser, UserError, one_line_errors
-from common.files import atomic_file
+from common.files import write_text
 from common.tables import aligned
 from training.curves import AXES, LOSSES, curve, finite, read_config, read_metrics, run_name, unpacked
 
@@ -226,8 +226,7 @@ def write_page(out: Path, groups: list[Group], title: str, reload_seconds: float
     page = re.sub("|".join(parts), lambda match: parts[match[0]], TEMPLATE.read_text(encoding="utf-8"))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(out) as file:
-            file.write(page.encode())
+        write_text(out, page)
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror}; choose another --out") from None
 

@@ -33,7 +33,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from common.errors import UserError, say
-from common.files import atomic_file, sync_directory
+from common.files import atomic_file, sync_directory, write_text
 from optim.base import LayerwiseOptimizer
 from training.ranks import Ranks
 
@@ -146,7 +146,7 @@ class Checkpointer:
                 raise UserError("metrics.jsonl can't be written, and a checkpoint needs it")
             own |= {"model.safetensors": _write_tensors(temporary / "model.safetensors", weights)}
             state["files"] = own | self._collect(step)
-            _write_json(temporary / "state.json", state)
+            write_text(temporary / "state.json", json.dumps(state, indent=1))
             final = self._folder / name
             if final.exists():  # from an earlier launch of this run: equal, or damaged
                 _remove(final)
@@ -349,8 +349,3 @@ def _remove(checkpoint: Path) -> None:
 
 def _reason(error: Exception) -> str:
     return " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())
-
-
-def _write_json(path: Path, value: object) -> None:
-    with atomic_file(path) as file:
-        file.write(json.dumps(value, indent=1).encode())

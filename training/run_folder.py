@@ -16,7 +16,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from common.errors import UserError
-from common.files import atomic_file
+from common.files import atomic_file, write_text
 from common.machine import cpu_name
 from training.checkpoint import has_checkpoints, list_checkpoints, newest_state, read_state
 from training.config import Config
@@ -209,8 +209,7 @@ def _describe(run_dir: Path, config: Config, step: int) -> None:
         ("environment.json", json.dumps([*launches, environment], indent=1)),
         ("code.diff", _git(root, "diff", "HEAD")),
     ):
-        with atomic_file(run_dir / name) as file:
-            file.write(text.encode())
+        write_text(run_dir / name, text)
 
 
 def _git(root: Path, *arguments: str) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from common.errors import say
-from common.files import atomic_file
+from common.files import write_text
 from training.config import Config
 
 
@@ -102,8 +102,7 @@ def _wandb_id(run_dir: Path) -> str:
     path = run_dir / "wandb" / "id"
     if not path.is_file():
         path.parent.mkdir(exist_ok=True)
-        with atomic_file(path) as file:
-            file.write(uuid.uuid4().hex.encode())
+        write_text(path, uuid.uuid4().hex)
     return path.read_text()
 
 
