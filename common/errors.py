@@ -76,7 +76,7 @@ def one_line_errors(program: str, interrupted: str = "interrupted") -> Iterator[
         sys.stdout.reconfigure(errors="replace")  # a terminal without Greek letters does not stop a run
     try:
         yield
-        sys.stdout.flush()  # what fails here would be a traceback at the interpreter's end
+        sys.stdout.flush()  # an error here would otherwise be a traceback when the interpreter ends
         return
     except UserError as error:
         code = error.exit_code
@@ -88,7 +88,7 @@ def one_line_errors(program: str, interrupted: str = "interrupted") -> Iterator[
     except OSError as error:
         code = 2
         if isinstance(error, BrokenPipeError) and _reader_is_gone():
-            code = 141  # a shell's exit code for this
+            code = 141  # what a shell reports for a broken pipe
         else:
             _tell(
                 f"{program}: {error.filename2 or error.filename or 'input/output'}: {error.strerror or error}", everywhere=False

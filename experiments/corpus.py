@@ -819,7 +819,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise UserError(f"--val-fraction must be between 0 and 1, not {options.val_fraction}")
     if options.out.is_dir() and list_shards(options.out) and not options.overwrite:
         raise UserError(f"{options.out}: already holds shards; choose another --out, or --overwrite")
-    load_encoder(options.encoding)  # a missing one is reported before the downloads, as is a bad --out
+    load_encoder(options.encoding)  # before the downloads, as is the next line: both may fail
     options.out.mkdir(parents=True, exist_ok=True)
     records, texts = gather(sources, options.downloads, lambda line: print(line, file=sys.stderr, flush=True))
     if not records:

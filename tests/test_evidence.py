@@ -385,7 +385,7 @@ DAMAGED = {  # the files that a study reads, and what reads them
 def test_a_damaged_file_is_one_line(tmp_path, monkeypatch, name, text):
     (module, words), path = DAMAGED[name], tmp_path / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".jsonl":  # whose lines are checked elsewhere
+    if path.suffix == ".jsonl":  # its lines are checked elsewhere
         old = {"update": 4, "tokens": 0, "passes": 0, "seconds": 0.0, "val_loss": 1.0}
         runs = [{"run": run, "config": {}, "environment": {}, "metrics": [old]} for run in ("seed0", "trial00")]
         text = "\n".join(map(json.dumps, runs))
@@ -405,7 +405,7 @@ def test_numbers_are_at_least_one(module, words):
 
 
 def test_a_run_without_the_validation_that_is_asked_for(tmp_path):
-    """A longer run counts as done, but it says nothing of an update at which it was not validated."""
+    """A longer run counts as done, but has no loss for an update at which it was not validated."""
     job = Job(tmp_path / "seed0", tmp_path / "arm.jsonl", "c.py", {"steps": 3})
     job.packed.write_text(json.dumps(record({0: 1.0, 2: 3.0, 4: 0.5})) + "\n")
     assert [job.loss_at(update) for update in (2, 4)] == [3.0, 0.5] and math.isnan(job.loss_at(5))
