@@ -7,4 +7,15 @@ from .gluon import Gluon
 from .muon_mvr import MuonMVR
 from .mvr import GluonMVR1, GluonMVR2, GluonMVR3, PreviousBatchMVR, SingleBatchMVR
 
-__all__ = ["Gluon", "GluonMVR1", "GluonMVR2", "GluonMVR3", "MuonMVR", "PreviousBatchMVR", "SingleBatchMVR"]
+# Every optimizer of this package by its short name.
+BY_NAME: dict[str, type[Gluon]] = {
+    "gluon": Gluon,
+    "mvr1": GluonMVR1,
+    "mvr2": GluonMVR2,
+    "mvr3": GluonMVR3,
+    "single_batch": SingleBatchMVR,
+    "previous_batch": PreviousBatchMVR,
+    "muon_mvr": MuonMVR,
+}
+
+__all__ = ["BY_NAME", "Gluon", "GluonMVR1", "GluonMVR2", "GluonMVR3", "MuonMVR", "PreviousBatchMVR", "SingleBatchMVR"]
