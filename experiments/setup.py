@@ -2,7 +2,7 @@
 
 import torch
 
-from data import embedded
+from data import sotu
 from data.loader import BatchLoader, TokenStream
 from data.shards import list_shards
 from model import GPT, GPTConfig
@@ -26,7 +26,7 @@ def build(config: Config, device: torch.device | str = "cpu") -> tuple[GPT, torc
 def batches(config: Config, device: torch.device | str = "cpu") -> BatchLoader:
     """The stream of training batches. Prepares the embedded text if the config asks for it."""
     if config.text and not list_shards(config.data_dir):
-        embedded.prepare(config.data_dir)
+        sotu.prepare(config.data_dir)
     return BatchLoader(
         TokenStream(config.data_dir, "train"), batch_size=config.batch_size, seq_len=config.seq_len, device=device,
         vocab_size=config.vocab_size, shuffle_seed=config.seed if config.shuffle else None,

@@ -3,7 +3,7 @@
 import torch
 
 from common.errors import UserError
-from data import embedded
+from data import sotu
 from data.loader import BatchLoader, TokenStream
 from data.shards import list_shards
 from training.config import Config
@@ -35,7 +35,7 @@ def micro_batch_size(config: Config, rows: int, device: torch.device, bfloat16: 
 def open_data(config: Config, ranks: Ranks) -> tuple[BatchLoader, TokenStream]:
     """The batches and the validation split. Raises UserError if the data do not fit the config."""
     if config.text and not list_shards(config.data_dir):
-        embedded.prepare(config.data_dir)  # one process builds it; the others wait
+        sotu.prepare(config.data_dir)  # one process builds it; the others wait
     val_stream = TokenStream(config.data_dir, "val")
     loader = BatchLoader(
         TokenStream(config.data_dir, "train"), batch_size=config.batch_size, seq_len=config.seq_len, rank=ranks.rank,

