@@ -70,7 +70,7 @@ def run(config: Config, ranks: Ranks, at_end: ExitStack) -> Path:
     model = GPT(GPTConfig(config.vocab_size, config.n_layer, config.n_head, config.d_model, config.seq_len))
     model.to(device, torch.float64 if dtype == "float64" else torch.float32)
     compiled: Any = numerics.compiled(model, config, device, at_end)
-    net: Any = ranks.replicate(compiled, config.bucket_cap_mb or (25 if compiled is model else 150))
+    net: Any = ranks.replicate(compiled)
     optimizer: Any = ranks.together(lambda: build_optimizer(model, config))
     set_schedule = schedule(optimizer, config)
     deferred = is_deferred(optimizer)
@@ -85,7 +85,6 @@ def run(config: Config, ranks: Ranks, at_end: ExitStack) -> Path:
     if config.compare_with != "last_step":
         last_gradient = LastGradient(optimizer, config.compare_with, loader, lambda *batch: gradients(*batch))
     warm_up(net, (micro, config.seq_len) if compiled is not model else (1, 1), ranks, autocast)
-    recompilations = numerics.count_recompilations()
     position = Position()
     if source is not None and state is not None:
         ranks.together(lambda: checkpoint.load(source, state, model, optimizer))
@@ -98,7 +97,7 @@ def run(config: Config, ranks: Ranks, at_end: ExitStack) -> Path:
     at_end.callback(checkpoints.close)
     metrics = Metrics(run_dir, config, ranks, position.metrics_bytes)
     at_end.callback(metrics.close)
-    finite = FiniteGuard(model, optimizer, loader, ranks, config.on_nan, position)
+    finite = FiniteGuard(model, optimizer, ranks, config, position)
     stop = at_end.enter_context(StopSignal(ranks))
     if ranks.first:
         forget_requeue(run_dir)
@@ -119,12 +118,10 @@ def run(config: Config, ranks: Ranks, at_end: ExitStack) -> Path:
     def record(update: int, **losses: float) -> None:
         finite.settle(**losses)
         extra = {"skipped": position.skipped} if position.skipped else {}
-        spike = metrics.write(
+        metrics.write(
             update=update, tokens=update * config.batch_size * config.seq_len,
             passes=whole(position.evaluated / config.batch_size), seconds=round(clock.seconds, 3), **losses, **extra,
         )  # fmt: skip
-        if spike:
-            progress.say(f"update {update}: the loss jumped to {losses['train_loss']:.4f}, {spike:.1f} deviations up")
         progress.show(update, position.evaluated, clock.seconds, **losses)
 
     def evaluate() -> None:
@@ -203,8 +200,6 @@ def run(config: Config, ranks: Ranks, at_end: ExitStack) -> Path:
         ranks.agree(lambda: checkpoint.save_weights(run_dir / "model.safetensors", model))
         count = whole(position.evaluated / config.batch_size)
         progress.say(f"{config.run_name}: {updates()} updates, {count} gradient evaluations, {clock.seconds:.1f} s")
-    if line := recompilations():
-        progress.say(line)
     progress.close()
     ranks.agree(metrics.finish)
     return run_dir

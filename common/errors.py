@@ -12,7 +12,6 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import NoReturn
 
 
@@ -27,6 +26,13 @@ class UserError(Exception):
     def __init__(self, message: str, everywhere: bool = False) -> None:
         super().__init__(message)
         self.everywhere = everywhere
+
+
+class Diverged(UserError):
+    """A loss, a gradient or a state of a run is not finite. Every rank raises it."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, everywhere=True)
 
 
 @contextmanager
@@ -119,22 +125,6 @@ def _out_of_memory(error: Exception) -> bool:
     """Whether this is Python's error or one of torch's, on a GPU or a CPU."""
     names = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     return names or "can't allocate memory" in str(error)
-
-
-def _on_import(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """A `sys.excepthook`: one line for Ctrl-C and for a missing package."""
-    if issubclass(kind, KeyboardInterrupt):
-        print("interrupted", file=sys.stderr)
-    elif isinstance(error, ModuleNotFoundError):
-        print(f"{error}; run this in the checkout, after pip install -r requirements.txt", file=sys.stderr)
-        leave(2)
-    else:
-        sys.__excepthook__(kind, error, trace)
-
-
-# Our commands import torch before `one_line_errors` begins, and that takes seconds. `python -m` imports the package first.
-if Path(sys.argv[0]).name in ("-m", "train_gpt.py"):
-    sys.excepthook = _on_import
 
 
 def leave(code: int = 0) -> NoReturn:

@@ -28,6 +28,7 @@ from common.errors import UserError
 
 NORMS = ("spectral", "sign", "colnorm", "rownorm", "frobenius", "rms", "adamw", "auto")
 OPTIMIZERS = ("gluon", "mvr1", "mvr2", "mvr3", "single_batch", "previous_batch", "muon_mvr", "adamw")
+_GONE = ("bucket_cap_mb",)  # saved configs may still hold these; they never changed what a run computes
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
@@ -107,9 +108,6 @@ class Config:
         "auto", "precision; auto is bfloat16 if the device has units for it", choices=("auto", "float32", "bfloat16", "float64")
     )
     compile: str = option("auto", "torch.compile; auto is on for CUDA", choices=("auto", "on", "off"))
-    # Unmeasured. On paper, torch's 25 MB splits the compiled GPT-124M into 14 graphs and 150 MB into 4, with little of the
-    # reduction after the backward pass.
-    bucket_cap_mb: int = option(0, "MB of gradients in one reduction over the ranks; 0: 150 if compiled, else 25", least=0)
     rank_timeout: int = option(600, "seconds to wait for a rank before the run ends", least=1, most=10**6)
     deterministic: bool = option(False, "use deterministic kernels, so that a rerun on this machine gives the same numbers")
     on_nan: str = option("stop", "what to do if a loss or gradient is not finite", choices=("stop", "skip"))
@@ -150,7 +148,7 @@ class Config:
         """A config from what `to_dict` gave; missing options get their defaults. Raises UserError for an unknown or bad one."""
         if not isinstance(values, dict):
             raise _mistake(f"{source} must map option names to values, not be {_shown(values)}")
-        return cls(**_checked_all(source, values))
+        return cls(**_checked_all(source, {name: value for name, value in values.items() if name not in _GONE}))
 
 
 OPTIONS = {opt.name: opt for opt in dataclasses.fields(Config)}

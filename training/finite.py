@@ -15,11 +15,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
-from common.errors import UserError, say
-from data.loader import BatchLoader
+from common.errors import Diverged, say
 from training.checkpoint import Position
+from training.config import Config
 from training.ranks import Ranks
 
 _MOST_IN_A_ROW = 20
@@ -32,11 +31,9 @@ class NotFiniteError(Exception):
 class FiniteGuard:
     """Watches the losses and gradients of a run. Counts skipped steps in the run's position."""
 
-    def __init__(
-        self, model: nn.Module, optimizer: Optimizer, loader: BatchLoader, ranks: Ranks, on_nan: str, position: Position
-    ) -> None:
-        self._model, self._optimizer, self._loader, self._ranks = model, optimizer, loader, ranks
-        self._skip = on_nan == "skip"
+    def __init__(self, model: nn.Module, optimizer: Optimizer, ranks: Ranks, config: Config, position: Position) -> None:
+        self._model, self._optimizer, self._ranks = model, optimizer, ranks
+        self._skip, self._batch_size = config.on_nan == "skip", config.batch_size
         self._later = ranks.device.type == "cuda" and not self._skip
         self._names = ["loss", *(name for name, _ in model.named_parameters())]
         self._step = 0
@@ -66,11 +63,11 @@ class FiniteGuard:
             what = self._describe(step, self._flags)
             self._optimizer.zero_grad()
             if not self._skip:
-                raise UserError(f"{what}; {_ADVICE}", everywhere=True) from None
+                raise Diverged(f"{what}; {_ADVICE}") from None
             self._position.skipped += 1
             self._in_a_row += 1
             if self._in_a_row > _MOST_IN_A_ROW:
-                raise UserError(f"{what}, as in the {_MOST_IN_A_ROW} steps before; {_ADVICE}", everywhere=True) from None
+                raise Diverged(f"{what}, as in the {_MOST_IN_A_ROW} steps before; {_ADVICE}") from None
             if self._ranks.first:
                 say(f"{what}; skipped, {self._position.skipped} in all")
         else:
@@ -83,11 +80,11 @@ class FiniteGuard:
         self._step, self._flags = step, None
 
     def settle(self, **losses: float) -> None:
-        """Raise UserError if any step so far, the last one included, or one of these losses is not finite."""
+        """Raise Diverged if any step so far, the last one included, or one of these losses is not finite."""
         self._read()
         for name, loss in losses.items():
             if not math.isfinite(loss):
-                raise UserError(f"step {self._step}: the {name} is {loss}; {_ADVICE}", everywhere=True)
+                raise Diverged(f"step {self._step}: the {name} is {loss}; {_ADVICE}")
 
     def check_state(self) -> None:
         """Before a checkpoint: raise UserError if a weight or a buffer of the optimizer is not finite."""
@@ -99,7 +96,7 @@ class FiniteGuard:
         largest = torch.stack([value.double() for value in torch._foreach_norm(list(tensors.values()), torch.inf)])
         mine = next((name for name, ok in zip(tensors, largest.isfinite().tolist(), strict=True) if not ok), None)
         if found := next((name for name in self._ranks.gather(mine) if name), None):
-            raise UserError(f"step {self._step}: {found} holds numbers that are not finite; {_ADVICE}", everywhere=True)
+            raise Diverged(f"step {self._step}: {found} holds numbers that are not finite; {_ADVICE}")
 
     def _send(self) -> None:
         """Start to copy this step's flags to the host."""
@@ -111,55 +108,25 @@ class FiniteGuard:
         self._in_flight = self._step, host, arrived
 
     def _read(self) -> None:
-        """Wait for the flags in flight, which belong to the last step. Raises UserError if one is set."""
+        """Wait for the flags in flight, which belong to the last step. Raises Diverged if one is set."""
         if self._in_flight is None:
             return
         (step, flags, arrived), self._in_flight = self._in_flight, None
         arrived.synchronize()
         if flags.any():
-            raise UserError(f"{self._describe(step, flags)}; {_ADVICE}", everywhere=True)
+            raise Diverged(f"{self._describe(step, flags)}; {_ADVICE}")
 
     def _describe(self, step: int, flags: Tensor) -> str:
-        """Step, batch, rank and layer, on every rank. A collective."""
+        """Step, batch, and rank or layer."""
         lowest = flags.tolist()
         bad = [name for name, flag in zip(self._names, lowest, strict=True) if flag]
         # The backward pass runs from the last layer to the first, so the trouble began in the last bad layer.
         what = f"the gradient of {bad[-1]} is not finite"
         if lowest[0]:
             rank = self._ranks.size - lowest[0]
-            # If the step was not undone, the weights that gave this loss are gone.
-            where = None if self._later or rank != self._ranks.rank else self._first_bad_layer(step)
-            where = next((name for name in self._ranks.gather(where) if name), "the forward pass")
-            what = f"the loss is not finite, from {where} on" + (f", on rank {rank}" if self._ranks.size > 1 else "")
-        first = step * self._loader.batch_size
-        return f"step {step}: {what} (batch {step}: sequences {first} to {first + self._loader.batch_size - 1})"
-
-    @torch.no_grad()
-    def _first_bad_layer(self, step: int) -> str:
-        """Evaluate this rank's share of the batch again to find the first layer whose output is not finite."""
-        found: list[str] = []
-
-        def watch(name: str) -> None:
-            def hook(module: nn.Module, inputs: object, output: object) -> None:
-                if not found and isinstance(output, Tensor) and not output.isfinite().all():
-                    found.append(name)
-
-            hooks.append(modules[name].register_forward_hook(hook))
-
-        modules = dict(self._model.named_modules())
-        hooks: list[RemovableHandle] = []
-        for name in modules:
-            if name:
-                watch(name)
-        try:
-            for x, y in zip(*(part.split(1) for part in self._loader.batch(step)), strict=True):
-                self._model(x, y)
-                if found:
-                    break
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return found[0] if found else "the head"
+            what = "the loss is not finite" + (f" on rank {rank}" if self._ranks.size > 1 else "")
+        first = step * self._batch_size
+        return f"step {step}: {what} (batch {step}: sequences {first} to {first + self._batch_size - 1})"
 
 
 _ADVICE = "continue from the last checkpoint with --resume auto, and a lower --lr or --on-nan skip"

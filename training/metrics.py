@@ -2,10 +2,8 @@
 
 import json
 import os
-import statistics
 import sys
 import time
-from collections import deque
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -44,7 +42,6 @@ class Metrics:
         self._file: int | None = None
         self._trackers: list[Tracker] = []
         self._waiting, self._size = b"", keep_bytes or 0
-        self._spikes = SpikeDetector()
         ranks.agree(lambda: self._open(run_dir, config))
 
     def _open(self, run_dir: Path, config: Config) -> None:
@@ -52,28 +49,20 @@ class Metrics:
         try:
             self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
             os.ftruncate(self._file, self._size)
-            lines = os.pread(self._file, self._size, 0).splitlines()[-10 * SpikeDetector.WINDOW :]
-            for line in map(json.loads, lines):
-                self._spikes.add(line.get("train_loss"))
-                update = line.get("update", update)
-        except (OSError, ValueError) as error:
+            for line in os.pread(self._file, self._size, 0).splitlines()[-1:]:
+                update = json.loads(line)["update"]
+        except (OSError, ValueError, LookupError, TypeError) as error:
             raise UserError(f"{path} can't be continued ({error})") from None
         self._trackers = start_trackers(run_dir, config, update + 1)
 
-    def write(self, **values: Any) -> float | None:
-        """Write one line: update, tokens, passes, seconds, losses.
-
-        Returns the height of the training loss in standard deviations if it is a spike, else None.
-        """
+    def write(self, **values: Any) -> None:
+        """Write one line: update, tokens, passes, seconds, losses."""
         if self._file is None:
-            return None
-        if spike := self._spikes.add(values.get("train_loss")):
-            values["spike"] = round(spike, 1)
+            return
         self._waiting += (json.dumps(values) + "\n").encode()
         self._flush()
         for tracker in self._trackers:
             tracker.log(values)
-        return spike
 
     def _flush(self) -> bool:
         """Write the waiting lines; never leaves part of a line. Returns whether all are written."""
@@ -120,25 +109,6 @@ class Metrics:
         self._file = None
         while self._trackers:
             self._trackers.pop().close()
-
-
-class SpikeDetector:
-    """A loss is a spike if it is more than DEVIATIONS standard deviations above the mean of the last WINDOW losses."""
-
-    WINDOW, DEVIATIONS = 30, 6.0
-
-    def __init__(self) -> None:
-        self._last: deque[float] = deque(maxlen=self.WINDOW)
-
-    def add(self, loss: float | None) -> float | None:
-        """Take one more loss. Returns its height in standard deviations if it is a spike, else None."""
-        if loss is None:
-            return None
-        above = None
-        if len(self._last) == self.WINDOW and (spread := statistics.pstdev(self._last)) > 0:
-            above = (loss - statistics.fmean(self._last)) / spread
-        self._last.append(loss)
-        return above if above is not None and above > self.DEVIATIONS else None
 
 
 class Clock:

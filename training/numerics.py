@@ -1,7 +1,5 @@
 """The settings that decide a run's rounding and speed on a device: precision, compilation, determinism."""
 
-import sys
-from collections.abc import Callable
 from contextlib import ExitStack
 
 import torch
@@ -45,28 +43,6 @@ def compiled(model: nn.Module, config: Config, device: torch.device, at_end: Exi
     if config.deterministic and hasattr(inductor, "deterministic"):  # torch 2.10 and newer
         _set(inductor, "deterministic", True, at_end)
     return torch.compile(model, dynamic=False)  # type: ignore[return-value]
-
-
-def graphs_compiled() -> int:
-    """How many graphs torch.compile has made in this process."""
-    dynamo = sys.modules.get("torch._dynamo")
-    return dynamo.utils.counters["stats"]["unique_graphs"] if dynamo else 0
-
-
-def count_recompilations() -> Callable[[], str]:
-    """Call this once the training graph is compiled. Returns a function that gives a line to print, or "".
-
-    The line reports graphs compiled since then, beyond the one that validation needs.
-    """
-    before = graphs_compiled()
-
-    def line() -> str:
-        again = graphs_compiled() - before - 1
-        return (
-            f"the model was compiled {again} more times than it should be; TORCH_LOGS=recompiles says why" if again > 0 else ""
-        )
-
-    return line
 
 
 def _set(where: object, name: str, value: bool, at_end: ExitStack) -> None:

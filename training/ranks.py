@@ -81,15 +81,13 @@ class Ranks:
             raise UserError(f"the ranks could not form a group ({_first_line(error)})") from None
         return cls(rank, size, chosen, groups[0], groups[1], store)
 
-    def replicate(self, model: nn.Module, bucket_mb: int = 25) -> nn.Module:
-        """The model with its gradients averaged over the ranks, `bucket_mb` megabytes at a time."""
+    def replicate(self, model: nn.Module) -> nn.Module:
+        """The model with its gradients averaged over the ranks."""
         if self.size == 1:
             return model
         with warnings.catch_warnings():  # newer versions of torch have another name for broadcast_buffers
             warnings.simplefilter("ignore", FutureWarning)
-            return DistributedDataParallel(
-                model, gradient_as_bucket_view=True, broadcast_buffers=False, bucket_cap_mb=bucket_mb
-            )
+            return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
     def agree(self, decide: Callable[[], T]) -> T:
         """Run `decide` on rank 0 and return its result on every rank. If it raises `UserError`, every rank does."""

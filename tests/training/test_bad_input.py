@@ -503,22 +503,6 @@ def test_output_that_can_not_be_written(output, code, said, length):
     assert (done.returncode, done.stderr) == (code, said)
 
 
-@pytest.mark.parametrize(
-    ("raised", "code", "said"),
-    [
-        ("KeyboardInterrupt()", -signal.SIGINT, "interrupted\n"),
-        ("ModuleNotFoundError('no x')", 2, "no x; run this in the checkout, after pip install -r requirements.txt\n"),
-    ],
-)
-@pytest.mark.parametrize("command", ["train_gpt.py", "-m experiments.rates", "-m scripts.sample", "-m benchmarks.scaling"])
-def test_imports_that_fail(tmp_path, raised, code, said, command):
-    (tmp_path / "torch.py").write_text(f"raise {raised}\n")
-    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-    words = [sys.executable, *command.split()]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=environment)
-    assert (done.returncode, done.stderr) == (code, said)
-
-
 def test_out_of_memory(capsys):
     with pytest.raises(SystemExit) as caught, one_line_errors("x"):
         torch.empty(2**50)

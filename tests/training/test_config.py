@@ -194,6 +194,7 @@ def test_config_is_frozen_and_needs_no_torch():
 
 def test_missing_options_of_a_saved_config_are_defaults():
     assert Config.from_dict({"lr": 1}) == Config(lr=1.0)
+    assert Config.from_dict({"bucket_cap_mb": 0}) == Config()  # an option that runs of before had
 
 
 # What is refused: the command line, and the words that its message must contain

@@ -11,7 +11,6 @@ import stat
 import subprocess
 import sys
 import time
-import types
 from pathlib import Path
 
 import numpy as np
@@ -19,15 +18,14 @@ import pytest
 import torch
 
 import training.checkpoint
-from common.errors import UserError
+from common.errors import Diverged, UserError
 from data.loader import BatchLoader, TokenStream
-from model import GPT, MLP, GPTConfig
+from model import GPT, GPTConfig
 from tests.helpers.kill_test import kill_runs
 from tests.helpers.train_runs import ROOT, Trainer, data, trainer  # noqa: F401
 from training.checkpoint import Position, list_checkpoints, newest_state, read_state
 from training.config import Config, load_config
 from training.finite import FiniteGuard
-from training.metrics import Metrics, SpikeDetector
 from training.optimizers import build_optimizer
 from training.ranks import Ranks
 
@@ -226,9 +224,9 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
 
 
 def poison(step: int, kind: str, rank: int = 0, passes: tuple[int, ...] = (1, 2), last: int | None = None) -> None:
-    """On one rank, in steps `step` to `last`: an infinite MLP (`layer`), or a loss or gradient that is not finite."""
-    state = {"step": -1, "pass": 0, "training": False}
-    guarded, look, forward, mlp = FiniteGuard.step, FiniteGuard.look, GPT.forward, MLP.forward
+    """On one rank, in steps `step` to `last`: a loss or gradient that is not finite."""
+    state = {"step": -1, "pass": 0}
+    guarded, look, forward = FiniteGuard.step, FiniteGuard.look, GPT.forward
 
     def stepping(self, number):
         state.update(step=number, **{"pass": 1})
@@ -240,35 +238,21 @@ def poison(step: int, kind: str, rank: int = 0, passes: tuple[int, ...] = (1, 2)
         state["pass"] += 1
         look(self, loss)
 
-    def in_step() -> bool:
-        return on_rank(rank) and step <= state["step"] <= (last or step)
-
     def in_pass() -> bool:
-        return in_step() and state["pass"] in passes
-
-    def active() -> bool:  # also when the guard, after the pass, evaluates the batch again
-        return in_step() and any(state["pass"] - after in passes for after in (0, 1))
+        return on_rank(rank) and step <= state["step"] <= (last or step) and state["pass"] in passes
 
     def forwarding(self, idx, targets=None):
-        if not hasattr(self, "marked"):
-            self.marked = True
-            self.blocks[1].mlp.is_poisoned = True
         out = forward(self, idx, targets)
         return out * torch.nan if in_pass() and kind == "loss" else out
 
-    def mlp_forward(self, x):
-        out = mlp(self, x)
-        return out + torch.inf if kind == "layer" and hasattr(self, "is_poisoned") and active() else out
-
-    FiniteGuard.step, FiniteGuard.look, GPT.forward, MLP.forward = stepping, looking, forwarding, mlp_forward
+    FiniteGuard.step, FiniteGuard.look, GPT.forward = stepping, looking, forwarding
 
 
 @pytest.mark.parametrize(
     "kind, ranks, says",
     [
-        ("loss", 1, "step 4: the loss is not finite, from the head on (batch 4: sequences 32 to 39)"),
-        ("layer", 1, "step 4: the loss is not finite, from blocks.1.mlp on (batch 4: sequences 32 to 39)"),
-        ("layer", 2, "step 4: the loss is not finite, from blocks.1.mlp on, on rank 1 (batch 4: sequences 32 to 39)"),
+        ("loss", 1, "step 4: the loss is not finite (batch 4: sequences 32 to 39)"),
+        ("loss", 2, "step 4: the loss is not finite on rank 1 (batch 4: sequences 32 to 39)"),
         ("gradient", 1, "step 4: the gradient of blocks.1.mlp.fc.weight is not finite (batch 4: sequences 32 to 39)"),
         ("gradient", 2, "step 4: the gradient of blocks.1.mlp.fc.weight is not finite (batch 4: sequences 32 to 39)"),
     ],
@@ -386,9 +370,7 @@ def test_on_cuda_flags_are_read_a_step_later_but_before_anything_is_written(monk
     model = torch.nn.Linear(2, 2)
 
     def guard() -> FiniteGuard:
-        made = FiniteGuard(
-            model, torch.optim.SGD(model.parameters()), types.SimpleNamespace(batch_size=8), ALONE, "stop", Position()
-        )
+        made = FiniteGuard(model, torch.optim.SGD(model.parameters()), ALONE, Config(batch_size=8), Position())
         made._later = True
         return made
 
@@ -401,42 +383,13 @@ def test_on_cuda_flags_are_read_a_step_later_but_before_anything_is_written(monk
     watching = guard()
     one_step(watching, 0, 1.0)
     one_step(watching, 1, torch.nan)  # not read yet
-    with pytest.raises(UserError, match="step 1: the gradient of bias is not finite"):
+    with pytest.raises(Diverged, match="step 1: the gradient of bias is not finite"):
         one_step(watching, 2, 1.0)
     for write in (FiniteGuard.settle, FiniteGuard.check_state):
         watching = guard()
         one_step(watching, 0, torch.inf)
-        with pytest.raises(UserError, match="step 0: the gradient of bias is not finite"):
+        with pytest.raises(Diverged, match="step 0: the gradient of bias is not finite"):
             write(watching)
-
-
-def test_spikes():
-    detector = SpikeDetector()
-    generator = np.random.default_rng(0)
-    assert all(detector.add(3 + 0.1 * value) is None for value in generator.standard_normal(200))
-    assert detector.add(4.0) > 6
-    assert detector.add(None) is None and detector.add(2.0) is None
-
-
-def test_a_spike_is_found_the_same_after_a_resume(tmp_path):
-    losses = (3 + 0.1 * np.random.default_rng(0).standard_normal(40)).tolist()
-    for stop in (40, 35):
-        folder = tmp_path / str(stop)
-        folder.mkdir()
-        metrics = Metrics(folder, Config(), ALONE, 0)
-        for update, loss in enumerate(losses[:stop]):
-            metrics.write(update=update, train_loss=loss)
-        size = metrics.durable_bytes()
-        metrics.finish()
-        metrics.close()
-        metrics = Metrics(folder, Config(), ALONE, size)
-        for update, loss in enumerate(losses[stop:], stop):
-            metrics.write(update=update, train_loss=loss)
-        metrics.write(update=40, train_loss=5.0)
-        metrics.finish()
-        metrics.close()
-    first, second = ((tmp_path / str(stop) / "metrics.jsonl").read_text() for stop in (40, 35))
-    assert first == second and json.loads(first.splitlines()[-1])["spike"] > 6
 
 
 # ---- ranks that die, hang or fail
