@@ -10,7 +10,7 @@ the start of a run is the same as a shorter run.
 
 The maps test a claim. The noise S of g - ĝ enters every step and lasts as long as the average's memory. So the correction
 should pay where S/σ is below the weight of the new gradient, 1-β or q (σ is the noise of g). S/σ is measured in a run of Gluon
-at each lr (experiments.smoothness), as the median over layers and over the second half of the run. The dotted line is S/σ; the
+at each lr (experiments.noise), as the median over layers and over the second half of the run. The dotted line is S/σ; the
 claim says that the differences above the line are negative.
 """
 
@@ -26,9 +26,9 @@ from common.files import write_text
 from common.jsons import jsonable
 from common.pictures import INK, LOOK, pyplot
 from common.tables import markdown
-from experiments import smoothness
 from experiments.comparison import CONFIG, study_parser
 from experiments.figures import ASSUMED_TOKENS, Folders, duration
+from experiments.noise import noise_ratio
 from experiments.run_jobs import GOES_ON, ROOT, Job, run_all
 from experiments.setup import evaluations
 from experiments.statistics import interval
@@ -100,8 +100,8 @@ def noise(path: Path, words: list[str]) -> dict[float, float]:
         if lr not in held:
             options = [f"--lr={lr}", f"--batch-size={BATCH}", f"--steps={NOISE_STEPS}", *words]
             config = load_config(["--config", str(ROOT / CONFIG), *options])
-            measured = smoothness.measure(config, POOL, [], lambda line: print(line, file=sys.stderr, flush=True))
-            held[lr] = smoothness.noise_ratio(measured)
+            held[lr] = noise_ratio(config, POOL)
+            print(f"lr {lr:g}: S/σ = {held[lr]:.4g}", flush=True)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_text(path, json.dumps({f"{key:g}": float(f"{held[key]:.4g}") for key in sorted(held)}) + "\n")
     return held

@@ -18,6 +18,7 @@ README = (ROOT / "README.md").read_text()
 REMOVED = re.compile(
     r"correction[_-](?:every|fraction)|\binner=|GluonMVR2\(inner|mvr3_b512_(?:nested|beta02)|results/<run>|\boverlap="
     r"|optim/sharding|optim/diagnostics|scripts/(?:figures|sweep|rates|corpus|smoothness|diagnostics|kill_test)\.py"
+    r"|experiments[./](?:corpus|smoothness|diagnostics|record)\b|docs/records"
 )
 
 pytestmark = pytest.mark.skipif(not TRACKED, reason="not a git checkout")

@@ -580,7 +580,7 @@ def test_the_leaderboard_agrees_with_the_records():
     assert not wrong, f"run python -m experiments.leaderboard: {', '.join(wrong)} differs from the records"
 
 
-STUDIES = ["calibrate", "corpus", "diagnostics", "figures", "leaderboard", "map", "rates", "record", "smoothness", "sweep"]
+STUDIES = ["calibrate", "figures", "leaderboard", "limit", "map", "rates", "sweep"]
 
 
 @pytest.mark.parametrize("name", STUDIES)
