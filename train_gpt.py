@@ -23,19 +23,21 @@ if __name__ == "__main__":  # mistakes in the options are reported before torch 
         CONFIG = load_config(sys.argv[1:])
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from data.loader import TokenStream
 from model import GPT, GPTConfig
 from training import checkpoint, numerics
-from training.batch import micro_batch_size, open_data
-from training.checkpoint import Checkpointer, Position
+from training.checkpoint import Position
 from training.finite import FiniteGuard
+from training.inputs import micro_batch_size, open_data
 from training.last_gradient import LastGradient
 from training.metrics import Clock, Metrics, Progress
-from training.optimizers import build_optimizer, is_deferred, schedule
-from training.ranks import Ranks, StopSignal
-from training.run_folder import ask_for_requeue, find_start, forget_requeue, hold, lock_of, prepare_run
+from training.optimizers import build_optimizer, is_deferred, schedule, updates_of
+from training.ranks import Ranks
+from training.run_folder import ask_for_requeue, find_start, hold, lock_of, prepare_run
+from training.saver import Saver
+from training.stop import StopSignal
 
 
 def train(config: Config) -> Path:
@@ -56,198 +58,197 @@ def train(config: Config) -> Path:
 def run(config: Config, ranks: Ranks, at_end: ExitStack) -> Path:
     """One run, from its config to its last checkpoint. `at_end` collects what must be restored, also after an error."""
     device = ranks.device
-    on_cuda = device.type == "cuda"
     torch.manual_seed(config.seed)
-    numerics.settle(config, at_end)
+    numerics.set_switches(config, at_end)
 
     # Data: the same global stream of batches for every world size.
-    loader, val_stream = ranks.together(lambda: open_data(config, ranks))
+    loader, val_stream = ranks.on_all(open_data, config, ranks)
     at_end.callback(loader.close)
 
-    # Model and optimizer: `model` keeps the names, `compiled` is what runs, `net` also averages gradients over the ranks.
+    # Model and optimizer.
     dtype = numerics.choose_dtype(config, device)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
     model = GPT(GPTConfig(config.vocab_size, config.n_layer, config.n_head, config.d_model, config.seq_len))
     model.to(device, torch.float64 if dtype == "float64" else torch.float32)
     compiled: Any = numerics.compiled(model, config, device, at_end)
-    net: Any = ranks.replicate(compiled)
-    optimizer: Any = ranks.together(lambda: build_optimizer(model, config))
+    optimizer: Any = ranks.on_all(build_optimizer, model, config)
     set_schedule = schedule(optimizer, config)
     deferred = is_deferred(optimizer)
-    rows = config.batch_size // ranks.size
-    micro = min(ranks.gather(micro_batch_size(config, rows, device, dtype == "bfloat16")))
 
-    # Where to start, and where to write.
+    # Where to start. Nothing is written yet.
     run_dir = Path(config.results_dir) / config.run_name
-    lock = lock_of(run_dir)
-    source, state = ranks.agree(lambda: find_start(run_dir, config))
+    source, state = ranks.on_first(find_start, run_dir, config)
+    position = Position.of(state)
+    finite = FiniteGuard(model, optimizer, ranks, config, position.skipped)
+    net = Net(model, compiled, config, ranks, dtype, finite, position.sequences)
     last_gradient = None  # the gradient that MuonMVR compares with, if it needs an extra pass
     if config.compare_with != "last_step":
-        last_gradient = LastGradient(optimizer, config.compare_with, loader, lambda *batch: gradients(*batch))
-    warm_up(net, (micro, config.seq_len) if compiled is not model else (1, 1), ranks, autocast)
-    position = Position()
+        last_gradient = LastGradient(optimizer, config.compare_with, loader, net.gradients)
+    net.warm_up()
     if source is not None and state is not None:
-        ranks.together(lambda: checkpoint.load(source, state, model, optimizer))
-        position = Position.of(state)
-    start = position.step
-    ranks.agree(lambda: hold(lock, run_dir))
+        ranks.on_all(checkpoint.load, source, state, model, optimizer)
+
+    # Where to write.
+    lock = lock_of(run_dir)
+    ranks.on_first(hold, lock, run_dir)
     at_end.callback(lock.release)
-    ranks.agree(lambda: prepare_run(run_dir, config, source, state))
-    checkpoints = Checkpointer(run_dir, ranks, config.keep_checkpoints, config.keep_every)
-    at_end.callback(checkpoints.close)
+    ranks.on_first(prepare_run, run_dir, config, source, state)
+    saver = Saver(run_dir, ranks, config.keep_checkpoints, config.keep_every)
+    at_end.callback(saver.close)
     metrics = Metrics(run_dir, config, ranks, position.metrics_bytes)
     at_end.callback(metrics.close)
-    finite = FiniteGuard(model, optimizer, ranks, config, position)
+
+    # What watches.
     stop = at_end.enter_context(StopSignal(ranks))
-    if ranks.first:
-        forget_requeue(run_dir)
-    clock = Clock(position, device)
+    clock = Clock(device, position.seconds)
     progress = Progress(config, ranks, position, model.flops_per_token(config.seq_len))
     at_end.callback(progress.close)
     progress.say(
         f"{config.run_name}: {sum(p.numel() for p in model.parameters()):,} parameters, {config.optimizer}, {dtype} on "
-        f"{ranks.size} × {torch.cuda.get_device_name(device) if on_cuda else device.type}\n"
-        f"{config.batch_size} sequences of {config.seq_len} tokens a step = {ranks.size} ranks × {rows // micro} micro-batches "
-        f"× {micro} sequences; steps {start} to {config.steps}" + (f", from {source}" if source else "")
+        f"{ranks.size} × {torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type}\n"
+        f"{config.batch_size} sequences of {config.seq_len} tokens a step = {ranks.size} ranks × {net.rows // net.micro} "
+        f"micro-batches × {net.micro} sequences; steps {position.step} to {config.steps}"
+        + (f", from {source}" if source else "")
     )
 
-    def updates() -> int:
-        """The index of the weights that the model now holds."""
-        return getattr(optimizer, "updates", position.step - position.skipped)
-
     def record(update: int, **losses: float) -> None:
-        finite.settle(**losses)
-        extra = {"skipped": position.skipped} if position.skipped else {}
+        """Write losses at the weights number `update`, and show them."""
+        finite.check(**losses)
+        skipped = {"skipped": finite.skipped} if finite.skipped else {}
         metrics.write(
-            update=update, tokens=update * config.batch_size * config.seq_len,
-            passes=whole(position.evaluated / config.batch_size), seconds=round(clock.seconds, 3), **losses, **extra,
+            update=update, tokens=update * config.batch_size * config.seq_len, passes=net.passes,
+            seconds=round(clock.seconds, 3), **losses, **skipped,
         )  # fmt: skip
-        progress.show(update, position.evaluated, clock.seconds, **losses)
+        progress.show(update, net.sequences, clock.seconds, **losses)
 
-    def evaluate() -> None:
-        position.validated = updates()
-        clock.stop()
-        with stop.pause():
+    def validate(update: int) -> int:
+        """Validate the weights that the model holds, number `update`. Returns the number."""
+        with clock.stopped(), stop.pause():
             ranks.check_identical(model)
-            record(updates(), val_loss=validate(model, compiled, val_stream, micro, config, ranks, autocast))
-        clock.start()
+            record(update, val_loss=net.validate(val_stream))
+        return update
 
-    def evaluate_if_due() -> None:
-        if updates() % config.val_every == 0 and position.validated != updates() < config.steps:
-            evaluate()
-
-    def save() -> None:
-        clock.stop()
-        with stop.pause():
-            finite.check_state()
-            position.metrics_bytes = metrics.durable_bytes()
-            checkpoints.save(model, optimizer, position, config.to_dict())
-        clock.start()
-
-    def gradients(inputs: Tensor, targets: Tensor) -> Tensor:
-        """One pass: leaves the batch's gradient in `.grad`. Returns the mean loss of this rank's sequences."""
-        optimizer.zero_grad()
-        position.evaluated += ranks.size * len(inputs)
-        micro_batches = list(zip(inputs.split(micro), targets.split(micro), strict=True))
-        total = torch.zeros((), device=device)
-        for i, (x, y) in enumerate(micro_batches):
-            with nullcontext() if ranks.size == 1 or i == len(micro_batches) - 1 else net.no_sync():
-                with autocast:
-                    loss = net(x, y) * (len(x) / rows)
-                loss.backward()
-            total = total + loss.detach()
-        finite.look(total)
-        return total
-
+    # The loop. `update` is the index of the weights that the model holds.
     clock.start()
-    evaluate_if_due()  # at the start, and when a finished run is extended
-    stopped = ""
-    for step in range(start, config.steps):
+    validated, stopped = position.validated, ""
+    update = updates_of(optimizer, position.step - finite.skipped)
+    if update % config.val_every == 0 and validated != update < config.steps:  # at the start, and when a run is extended
+        validated = validate(update)
+    for step in range(position.step, config.steps):
         set_schedule(step)
         batch = loader.batch(step)
-        before, loss = updates(), None
+        before, loss = update, None
         with finite.step(step):  # with --on-nan skip, a step that is not finite ends early and has no loss
             if last_gradient is not None:
-                last_gradient.record(step, batch)
-            loss = optimizer.step(partial(gradients, *batch))
-        position.step = step + 1
-        at = updates() if deferred else before
+                last_gradient.before_step(step, batch)
+            loss = optimizer.step(partial(net.gradients, batch))
+        update = updates_of(optimizer, step + 1 - finite.skipped)
+        at = update if deferred else before  # the weights that `loss` belongs to
 
         if loss is not None and at % config.log_every == 0:
             record(at, train_loss=ranks.mean(loss).item())
-        evaluate_if_due()
+        if update % config.val_every == 0 and validated != update < config.steps:
+            validated = validate(update)
         progress.step()
         stopped = stop.agreed()
         if stopped or step + 1 == config.steps or (config.checkpoint_every and (step + 1) % config.checkpoint_every == 0):
-            save()
+            with clock.stopped(), stop.pause():
+                finite.check_state()
+                size = metrics.durable_bytes()
+                reached = Position(step + 1, net.sequences, finite.skipped, validated, clock.seconds, size)
+                saver.save(model, optimizer, reached, config.to_dict())
         if stopped:
             break
 
+    # The end.
     stop.finish()
-    if start == config.steps:
+    if position.step == config.steps:
         progress.say(f"all {config.steps} steps are done; a larger --steps continues")
-    ranks.together(checkpoints.finish)
+    ranks.on_all(saver.finish)
     if stopped:
         if ranks.first and stopped == "preempted":
             ask_for_requeue(run_dir)
-        progress.say(f"stopped after step {position.step} of {config.steps}; --resume auto continues from there")
+        progress.say(f"stopped after step {step + 1} of {config.steps}; --resume auto continues from there")
     else:
         if deferred:
             optimizer.flush()
-        if position.validated != updates():
-            evaluate()
+        update = updates_of(optimizer, config.steps - finite.skipped)
+        if validated != update:
+            validate(update)
         finite.check_state()
-        ranks.agree(lambda: checkpoint.save_weights(run_dir / "model.safetensors", model))
-        count = whole(position.evaluated / config.batch_size)
-        progress.say(f"{config.run_name}: {updates()} updates, {count} gradient evaluations, {clock.seconds:.1f} s")
+        ranks.on_first(checkpoint.save_weights, run_dir / "model.safetensors", model)
+        progress.say(f"{config.run_name}: {update} updates, {net.passes} gradient evaluations, {clock.seconds:.1f} s")
     progress.close()
-    ranks.agree(metrics.finish)
+    ranks.on_first(metrics.finish)
     return run_dir
 
 
-def warm_up(net: nn.Module, shape: tuple[int, int], ranks: Ranks, autocast: torch.autocast) -> None:
-    """Two passes on zeros, whose gradients are dropped.
+class Net:
+    """The model as the ranks run it together: the gradient of a batch, and the validation loss.
 
-    DDP changes the layout of its buckets after its first reduction, and the layout sets the order of summation. After these
-    passes a resumed run sums in the same order as one that was never stopped. They also compile the model before the clock
-    starts.
+    `model` keeps the names of the weights, and `compiled` is what runs. `rows`: sequences of a batch on this rank. `micro`:
+    sequences in a forward pass. `sequences`: how many gradients of sequences the run has computed so far, over all ranks.
     """
-    tokens, targets = torch.zeros((2, *shape), dtype=torch.int64, device=ranks.device)  # the same tensor twice is another graph
-    for _ in range(2):
-        with autocast:
-            loss = net(tokens, targets)
-        loss.backward()
-        net.zero_grad()
 
+    def __init__(
+        self, model: GPT, compiled: Any, config: Config, ranks: Ranks, dtype: str, finite: FiniteGuard, sequences: int = 0
+    ) -> None:
+        self._model, self._compiled, self._config, self._ranks, self._finite = model, compiled, config, ranks, finite
+        self._replica: Any = ranks.replicate(compiled)  # also averages gradients over the ranks
+        self._autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+        self.rows = config.batch_size // ranks.size
+        self.micro = min(ranks.gather(micro_batch_size(config, self.rows, ranks.device, dtype == "bfloat16")))
+        self.sequences = sequences
 
-@torch.no_grad()
-def validate(
-    model: nn.Module,
-    compiled: nn.Module,
-    stream: TokenStream,
-    micro: int,
-    config: Config,
-    ranks: Ranks,
-    autocast: torch.autocast,
-) -> float:
-    """Mean loss over the first `val_tokens` tokens of the validation split, shared among the ranks."""
-    sequences = config.val_tokens // config.seq_len
-    total = torch.zeros((), dtype=torch.float64, device=ranks.device)
-    for start in range(ranks.rank * micro, sequences, ranks.size * micro):
-        rows = range(start, min(start + micro, sequences))
-        tokens = torch.stack([torch.from_numpy(stream.read(j * config.seq_len, (j + 1) * config.seq_len + 1)) for j in rows])
-        tokens = (tokens.pin_memory() if ranks.device.type == "cuda" else tokens).to(
-            ranks.device, torch.int64, non_blocking=True
-        )
-        net = compiled if len(rows) == micro else model  # a smaller last batch is not worth compiling for
-        with autocast:
-            total += net(tokens[:, :-1], tokens[:, 1:]).double() * len(rows)
-    return (ranks.total(total) / sequences).item()
+    @property
+    def passes(self) -> int:
+        """Gradient evaluations of whole batches so far."""
+        return self.sequences // self._config.batch_size
 
+    def gradients(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """One pass: leaves the batch's gradient in `.grad`. Returns the mean loss of this rank's sequences."""
+        self._model.zero_grad()
+        self.sequences += self._ranks.size * self.rows
+        inputs, targets = (part.split(self.micro) for part in batch)
+        total = torch.zeros((), device=self._ranks.device)
+        for i, (x, y) in enumerate(zip(inputs, targets, strict=True), 1):
+            with nullcontext() if self._ranks.size == 1 or i == len(inputs) else self._replica.no_sync():
+                with self._autocast:
+                    loss = self._replica(x, y) * (len(x) / self.rows)
+                loss.backward()
+            total = total + loss.detach()
+        self._finite.look(total)
+        return total
 
-def whole(number: float) -> int | float:
-    """3.0 becomes 3, which reads better in the metrics; 2.5 stays."""
-    return int(number) if number.is_integer() else number
+    @torch.no_grad()
+    def validate(self, stream: TokenStream) -> float:
+        """Mean loss over the first `val_tokens` tokens of the validation split, shared among the ranks."""
+        length, device, ranks = self._config.seq_len, self._ranks.device, self._ranks
+        sequences = self._config.val_tokens // length
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        for start in range(ranks.rank * self.micro, sequences, ranks.size * self.micro):
+            rows = range(start, min(start + self.micro, sequences))
+            tokens = torch.stack([torch.from_numpy(stream.read(j * length, (j + 1) * length + 1)) for j in rows])
+            tokens = (tokens.pin_memory() if device.type == "cuda" else tokens).to(device, torch.int64, non_blocking=True)
+            net = self._compiled if len(rows) == self.micro else self._model  # a smaller last batch is not worth compiling for
+            with self._autocast:
+                total += net(tokens[:, :-1], tokens[:, 1:]).double() * len(rows)
+        return (ranks.total(total) / sequences).item()
+
+    def warm_up(self) -> None:
+        """Two passes on zeros, whose gradients are dropped.
+
+        DDP changes the layout of its buckets after its first reduction, and the layout sets the order of summation. After
+        these passes a resumed run sums in the same order as one that was never stopped. They also compile the model before
+        the clock starts.
+        """
+        shape = (1, 1) if self._compiled is self._model else (self.micro, self._config.seq_len)
+        # (The same tensor twice would be another graph.)
+        tokens, targets = torch.zeros((2, *shape), dtype=torch.int64, device=self._ranks.device)
+        for _ in range(2):
+            with self._autocast:
+                loss = self._replica(tokens, targets)
+            loss.backward()
+            self._replica.zero_grad()
 
 
 if __name__ == "__main__":

@@ -5,23 +5,17 @@
         optimizer-00000.safetensors  per rank: the optimizer's tensors that this rank writes
         state.json                   the position in the run, the optimizer's scalars, and the sha256 of the files
 
-Ranks write their files into a hidden folder and send rank 0 the checksums. When it has all of them, it writes state.json and
-renames the folder, so a checkpoint is complete or absent. The checksums travel through the ranks' key-value store
-and not through collectives, so a thread can write while training continues. Any world size can load a checkpoint, and so
-can a model that FSDP2 shards (its own checkpoints hold full tensors, from rank 0).
+Any world size can load a checkpoint, and so can a model that FSDP2 shards (its own checkpoints hold full tensors, from
+rank 0). `training/saver.py` writes them.
 """
 
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
-import threading
-import time
-import uuid
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -33,170 +27,78 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from common.errors import UserError, say
-from common.files import atomic_file, sync_directory, write_text
+from common.files import atomic_file
 from optim.base import LayerwiseOptimizer
 from training.ranks import Ranks
 
-_WAIT_SECONDS = 600.0
 _FORMAT = 2
 _NAME = re.compile(r"step_(\d{7,})")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Position:
-    """Where a run is: its counters, which checkpoints save.
+    """Where a run is: the counters that its parts start from when it resumes.
 
-    `step`: batches taken, which is the index of the next one. `evaluated`: sequences whose gradient was computed.
+    `step`: batches taken, which is the index of the next one. `sequences`: sequences whose gradient was computed.
     `skipped`: steps that were not finite. `validated`: the last update that was validated, -1 for none. `seconds`:
     training time without validation. `metrics_bytes`: the length of metrics.jsonl; None if it can't be written.
     """
 
     step: int = 0
-    evaluated: int = 0
+    sequences: int = 0
     skipped: int = 0
     validated: int = -1
     seconds: float = 0.0
     metrics_bytes: int | None = 0
 
     @classmethod
-    def of(cls, state: dict[str, Any]) -> "Position":
-        """The position that a checkpoint's state holds."""
-        return cls(**{name: state[name] for name in cls.__dataclass_fields__})
+    def of(cls, state: dict[str, Any] | None) -> "Position":
+        """The position that a checkpoint's state holds; without a state, the start."""
+        return cls() if state is None else cls(**{name: state[key] for name, key in _KEYS.items()})
 
 
-class Checkpointer:
-    """Writes the checkpoints of a run in the background. Keeps the newest `keep`, and those at multiples of `keep_every`."""
+# The names of a position's counters in state.json.
+_KEYS = {field.name: field.name for field in fields(Position)} | {"sequences": "evaluated"}
 
-    def __init__(self, run_dir: Path, ranks: Ranks, keep: int, keep_every: int = 0) -> None:
-        self._folder, self._ranks, self._keep, self._keep_every = run_dir / "checkpoints", ranks, keep, keep_every
-        self._thread: threading.Thread | None = None
-        self._error: str | None = None
-        # Distinguishes the files of this launch from half-written ones that a killed launch left.
-        self._launch = ranks.agree(self._clean)
 
-    def _clean(self, before: float = math.inf) -> str:
-        """Remove hidden folders of steps before `before`. Returns a name for this launch."""
-        for stale in self._folder.glob(".step_*"):
-            if step_of(stale) < before:
-                shutil.rmtree(stale, ignore_errors=True)
-        return uuid.uuid4().hex[:8]
+@dataclass(frozen=True)
+class Copy:
+    """What a checkpoint holds, on the host. `weights` is empty except on rank 0; `buffers` is what this rank writes."""
 
-    def save(self, model: nn.Module, optimizer: Optimizer, position: Position, config: dict[str, Any]) -> None:
-        """Copy the state, and write it while training continues. A collective."""
-        self.wait()
-        names = {p: name for name, p in model.named_parameters()}
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-        copied = _copies(model.state_dict(), self._ranks.first)
-        weights = copied if self._ranks.first else None
-        tensors, slices = {}, set()
-        scalars: dict[str, dict[str, Any]] = {}
-        for p in params:
-            scalars[names[p]] = {}
-            for key, value in optimizer.state.get(p, {}).items():
-                if not isinstance(value, Tensor):
-                    scalars[names[p]][key] = value
-                    continue
-                tensors[f"{names[p]}/{key}"] = value
-                if isinstance(optimizer, LayerwiseOptimizer) and value.shape != p.shape:
-                    slices.add(f"{names[p]}/{key}")  # some rows; others have the rest
-        # The first of the ranks that hold a full tensor writes it. (A DTensor is gathered and written by rank 0.)
-        held = self._ranks.gather([name for name, value in tensors.items() if not isinstance(value, DTensor)])
-        earlier = {name for names_there in held[: self._ranks.rank] for name in names_there}
-        buffers: dict[str, Tensor] = {}
-        for name, value in tensors.items():
-            keep = self._ranks.first if isinstance(value, DTensor) else name in slices or name not in earlier
-            buffers |= _copies({name: value}, keep)
-        groups = [
-            {**{k: v for k, v in group.items() if k != "params"}, "params": [names[p] for p in group["params"]]}
-            for group in optimizer.param_groups
-        ]
-        state = {"format": _FORMAT, **asdict(position), "config": config, "optimizer": {"groups": groups, "state": scalars}}
-        self._thread = threading.Thread(target=self._write, args=(position.step, weights, buffers, state))
-        self._thread.start()
+    weights: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    state: dict[str, Any]
 
-    def wait(self) -> str | None:
-        """Wait for the current write. Returns what went wrong with it, if anything, and prints it."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        error, self._error = self._error, None
-        if error is not None and self._ranks.first:
-            say(f"checkpoint not written: {error}; the older ones are intact")
-        return error
 
-    def close(self) -> None:
-        """Let the thread end. It does not wait for the files of other ranks, which may be dead."""
-        if self._ranks.size == 1:
-            self.wait()
-
-    def finish(self) -> None:
-        """Wait for the last checkpoint. Raises UserError if it could not be written."""
-        if error := self.wait():
-            raise UserError(f"the last checkpoint could not be written ({error}); fix that, then use --resume auto")
-
-    def _write(self, step: int, weights: dict[str, Tensor] | None, buffers: dict[str, Tensor], state: dict[str, Any]) -> None:
-        name = f"step_{step:07d}"
-        temporary = self._folder / f".{name}-{self._launch}"
-        try:
-            own = self._write_own(temporary, buffers)
-            if weights is None:
-                self._report(step, own)
-                return
-            if state["metrics_bytes"] is None:
-                raise UserError("metrics.jsonl can't be written, and a checkpoint needs it")
-            own |= {"model.safetensors": _write_tensors(temporary / "model.safetensors", weights)}
-            state["files"] = own | self._collect(step)
-            write_text(temporary / "state.json", json.dumps(state, indent=1))
-            final = self._folder / name
-            if final.exists():  # from an earlier launch of this run: equal, or damaged
-                _remove(final)
-            os.rename(temporary, final)
-            sync_directory(self._folder)
-            for old in list_checkpoints(self._folder)[self._keep :]:
-                if not self._keep_every or step_of(old) % self._keep_every:
-                    _remove(old)
-            self._clean(before=step)
-        except Exception as error:  # whatever it is, the run continues
-            self._error = _reason(error)
-            if self._ranks.first:
-                shutil.rmtree(temporary, ignore_errors=True)
-            else:
-                self._report(step, {"error": f"{self._error} (rank {self._ranks.rank})"})
-
-    def _write_own(self, folder: Path, buffers: dict[str, Tensor]) -> dict[str, str]:
-        """Write this rank's file. Returns its name and checksum."""
-        folder.mkdir(parents=True, exist_ok=True)
-        name = f"optimizer-{self._ranks.rank:05d}.safetensors"
-        return {name: _write_tensors(folder / name, buffers)}
-
-    def _key(self, step: int, rank: int) -> str:
-        return f"{self._launch}/{step}/{rank}"
-
-    def _report(self, step: int, sums: dict[str, str]) -> None:
-        """Tell rank 0 the checksums of this rank's files, or what went wrong."""
-        store = self._ranks.store
-        assert store is not None
-        try:
-            store.set(self._key(step, self._ranks.rank), json.dumps(sums))
-        except RuntimeError as error:  # the store is gone, and rank 0 with it
-            self._error = _reason(error)
-
-    def _collect(self, step: int) -> dict[str, str]:
-        """Wait for the checksums of the other ranks' files."""
-        sums: dict[str, str] = {}
-        store, deadline = self._ranks.store, time.monotonic() + _WAIT_SECONDS
-        for rank in range(1, self._ranks.size):
-            assert store is not None
-            key = self._key(step, rank)
-            while not store.check([key]):
-                if time.monotonic() > deadline:
-                    raise UserError(f"rank {rank} did not write its part within {_WAIT_SECONDS:.0f} s")
-                time.sleep(0.01)
-            sums |= json.loads(store.get(key))
-            store.delete_key(key)
-            if "error" in sums:
-                raise UserError(sums["error"])
-        return sums
+def copy_state(model: nn.Module, optimizer: Optimizer, ranks: Ranks, position: Position, config: dict[str, Any]) -> Copy:
+    """Copy the weights, the optimizer's state and the position. A collective."""
+    names = {p: name for name, p in model.named_parameters()}
+    tensors: dict[str, Tensor] = {}
+    slices = set()  # names of tensors that hold some rows; other ranks have the rest
+    scalars: dict[str, dict[str, Any]] = {}
+    for p in (p for group in optimizer.param_groups for p in group["params"]):
+        scalars[names[p]] = {}
+        for key, value in optimizer.state.get(p, {}).items():
+            if not isinstance(value, Tensor):
+                scalars[names[p]][key] = value
+                continue
+            tensors[f"{names[p]}/{key}"] = value
+            if isinstance(optimizer, LayerwiseOptimizer) and value.shape != p.shape:
+                slices.add(f"{names[p]}/{key}")
+    # The first of the ranks that hold a full tensor writes it. (A DTensor is gathered and written by rank 0.)
+    held = ranks.gather([name for name, value in tensors.items() if not isinstance(value, DTensor)])
+    earlier = {name for names_there in held[: ranks.rank] for name in names_there}
+    buffers: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        keep = ranks.first if isinstance(value, DTensor) else name in slices or name not in earlier
+        buffers |= copies({name: value}, keep)
+    groups = [
+        {**{k: v for k, v in group.items() if k != "params"}, "params": [names[p] for p in group["params"]]}
+        for group in optimizer.param_groups
+    ]
+    counters = {key: getattr(position, name) for name, key in _KEYS.items()}
+    state = {"format": _FORMAT, **counters, "config": config, "optimizer": {"groups": groups, "state": scalars}}
+    return Copy(copies(model.state_dict(), ranks.first), buffers, state)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -220,7 +122,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
             raise UserError(
                 f"{checkpoint} is of an older version, in which mvr1, mvr2 and mvr3 were other algorithms; train again"
             )
-        counts = [state[key] for key in ("step", "evaluated", "skipped", "validated", "metrics_bytes")]
+        counts = [state[key] for name, key in _KEYS.items() if name != "seconds"]
         if state["format"] != _FORMAT or "model.safetensors" not in files or any(type(count) is not int for count in counts):
             raise ValueError("state.json is malformed")
         state["config"], state["optimizer"]["groups"], float(state["seconds"])  # KeyError if one is missing
@@ -231,8 +133,8 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise UserError(f"{checkpoint} is not a complete checkpoint: {Path(error.filename).name} is missing") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        reason = f"it has no {error}" if isinstance(error, KeyError) else _reason(error)
-        raise UserError(f"{checkpoint} can't be read as a checkpoint ({reason})") from None
+        why = f"it has no {error}" if isinstance(error, KeyError) else reason(error)
+        raise UserError(f"{checkpoint} can't be read as a checkpoint ({why})") from None
     return state
 
 
@@ -277,7 +179,7 @@ def load(checkpoint: Path, state: dict[str, Any], model: nn.Module, optimizer: O
         loaded = {i: dict(saved["state"][name]) | buffers[name] for name, i in index.items()}
         optimizer.load_state_dict({"state": loaded, "param_groups": groups})
     except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{checkpoint} belongs to another optimizer: {_reason(error)}") from None
+        raise UserError(f"{checkpoint} belongs to another optimizer: {reason(error)}") from None
 
 
 def _load_buffers(checkpoint: Path, files: dict[str, str], states: dict[str, dict[str, Any]]) -> dict[str, dict[str, Tensor]]:
@@ -309,12 +211,12 @@ def save_weights(path: Path, model: nn.Module) -> None:
     """Write the weights alone, atomically. Raises UserError if they can't be written."""
     try:
         with atomic_file(path) as file:
-            file.write(save(_copies(model.state_dict(), keep=True)))
+            file.write(save(copies(model.state_dict(), keep=True)))
     except OSError as error:
         raise UserError(f"{path} can't be written ({error.strerror}); --resume auto tries again") from None
 
 
-def _copies(tensors: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
+def copies(tensors: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
     """Copies on the host, for the ranks that keep them. DTensors are gathered, so every rank must call this."""
     copies = {}
     for name, value in tensors.items():
@@ -331,7 +233,7 @@ def _shard_like(value: Tensor, own: Tensor | None) -> Tensor:
     return distribute_tensor(value.to(own.device), own.device_mesh, own.placements)
 
 
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
     """Write a safetensors file. Returns its checksum."""
     content = save(tensors)
     with atomic_file(path) as file:
@@ -339,7 +241,7 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _remove(checkpoint: Path) -> None:
+def remove(checkpoint: Path) -> None:
     """Remove a checkpoint. It is renamed first, so that a half-removed one is never taken for a checkpoint."""
     hidden = checkpoint.with_name(f".{checkpoint.name}-removed")
     shutil.rmtree(hidden, ignore_errors=True)
@@ -347,5 +249,5 @@ def _remove(checkpoint: Path) -> None:
     shutil.rmtree(hidden)
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     return " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())

@@ -5,7 +5,7 @@ Every pass ends with one small vector on the device. It says whether the loss an
 which ends the optimizer's step before it changes weights or momentum. (In the second pass of MVR-1, -2 and -3 the momentum
 already holds the old gradient, so it starts again from the next gradient.) On CUDA a run that would stop anyway does not wait
 for the device: the vector is copied to the host while the next step is queued, and read one step later. Before anything is
-written (metrics, checkpoints), `settle` reads the vector that is still in flight.
+written (metrics, checkpoints), `check` reads the vector that is still in flight.
 """
 
 import math
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from common.errors import Diverged, say
-from training.checkpoint import Position
 from training.config import Config
 from training.ranks import Ranks
 
@@ -29,9 +28,9 @@ class NotFiniteError(Exception):
 
 
 class FiniteGuard:
-    """Watches the losses and gradients of a run. Counts skipped steps in the run's position."""
+    """Watches the losses and gradients of a run. `skipped` counts the steps that were not finite."""
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, ranks: Ranks, config: Config, position: Position) -> None:
+    def __init__(self, model: nn.Module, optimizer: Optimizer, ranks: Ranks, config: Config, skipped: int = 0) -> None:
         self._model, self._optimizer, self._ranks = model, optimizer, ranks
         self._skip, self._batch_size = config.on_nan == "skip", config.batch_size
         self._later = ranks.device.type == "cuda" and not self._skip
@@ -39,7 +38,7 @@ class FiniteGuard:
         self._step = 0
         self._flags: Tensor | None = None  # of this step so far, on the device
         self._in_flight: tuple[int, Tensor, torch.cuda.Event] | None = None  # the last step's flags, on their way to the host
-        self._position, self._in_a_row = position, 0
+        self.skipped, self._in_a_row = skipped, 0
 
     def look(self, loss: Tensor) -> None:
         """At the end of a pass: note whether the loss and the gradients in `.grad` are finite."""
@@ -55,7 +54,7 @@ class FiniteGuard:
     @contextmanager
     def step(self, step: int) -> Iterator[None]:
         """Wraps the optimizer's step. A skipped step ends early, without an error."""
-        self._begin(step)
+        self._step, self._flags = step, None
         try:
             yield
         except NotFiniteError:
@@ -64,22 +63,19 @@ class FiniteGuard:
             self._optimizer.zero_grad()
             if not self._skip:
                 raise Diverged(f"{what}; {_ADVICE}") from None
-            self._position.skipped += 1
+            self.skipped += 1
             self._in_a_row += 1
             if self._in_a_row > _MOST_IN_A_ROW:
                 raise Diverged(f"{what}, as in the {_MOST_IN_A_ROW} steps before; {_ADVICE}") from None
             if self._ranks.first:
-                say(f"{what}; skipped, {self._position.skipped} in all")
+                say(f"{what}; skipped, {self.skipped} in all")
         else:
             self._in_a_row = 0
             if self._later:
                 self._read()
                 self._send()
 
-    def _begin(self, step: int) -> None:
-        self._step, self._flags = step, None
-
-    def settle(self, **losses: float) -> None:
+    def check(self, **losses: float) -> None:
         """Raise Diverged if any step so far, the last one included, or one of these losses is not finite."""
         self._read()
         for name, loss in losses.items():
@@ -87,8 +83,8 @@ class FiniteGuard:
                 raise Diverged(f"step {self._step}: the {name} is {loss}; {_ADVICE}")
 
     def check_state(self) -> None:
-        """Before a checkpoint: raise UserError if a weight or a buffer of the optimizer is not finite."""
-        self.settle()
+        """Before a checkpoint: raise Diverged if a weight or a buffer of the optimizer is not finite."""
+        self._read()
         names: dict[Tensor, str] = {p: name for name, p in self._model.named_parameters()}
         tensors = {f"the weights of {name}": p.detach() for p, name in names.items()}
         for p, state in self._optimizer.state.items():

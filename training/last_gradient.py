@@ -1,4 +1,4 @@
-"""The extra pass of MuonMVR: it evaluates the gradient that the next step compares with, as in MUON-MVR's README."""
+"""The extra pass of MuonMVR: the gradient that the next step compares with, as in MUON-MVR's README."""
 
 from collections.abc import Callable
 
@@ -12,16 +12,17 @@ Batch = tuple[Tensor, Tensor]
 
 
 class LastGradient:
-    """Records, before each step, the gradient of the previous batch at these weights or of this batch at the previous weights.
+    """Hands MuonMVR, before each step, the gradient of the previous batch at these weights or of this batch at the previous
+    weights.
 
-    `evaluate` leaves the gradient of a batch in `.grad`. The previous weights live in the optimizer's state, so checkpoints
+    `gradients` leaves the gradient of a batch in `.grad`. The previous weights live in the optimizer's state, so checkpoints
     keep them.
     """
 
     def __init__(
-        self, optimizer: MuonMVR, compare_with: str, loader: BatchLoader, evaluate: Callable[[Tensor, Tensor], object]
+        self, optimizer: MuonMVR, compare_with: str, loader: BatchLoader, gradients: Callable[[Batch], object]
     ) -> None:
-        self._optimizer, self._loader, self._evaluate = optimizer, loader, evaluate
+        self._optimizer, self._loader, self._gradients = optimizer, loader, gradients
         self._params = [p for group in optimizer.param_groups for p in group["params"]]
         self._previous_batch: Batch | None = None
         self._keeps_weights = compare_with == "previous_weights"
@@ -29,13 +30,13 @@ class LastGradient:
             for p in self._params:
                 optimizer.state[p]["previous_weights"] = p.detach().clone()
 
-    def record(self, step: int, batch: Batch) -> None:
-        """Call this before each step. It evaluates no gradient before step 0, which has nothing to compare with."""
+    def before_step(self, step: int, batch: Batch) -> None:
+        """Call this before each step. It takes no pass before step 0, which has nothing to compare with."""
         previous, self._previous_batch = self._previous_batch, batch  # even if the pass below raises
         if self._keeps_weights:
             self._at_previous_weights(step, batch)
         elif step > 0:
-            self._evaluate(*(previous or self._loader.batch(step - 1)))  # None after a resume
+            self._gradients(previous or self._loader.batch(step - 1))  # None after a resume
             self._optimizer.update_last_grad()
 
     def _at_previous_weights(self, step: int, batch: Batch) -> None:
@@ -44,7 +45,7 @@ class LastGradient:
         if step > 0:
             self._set_weights(previous)
             try:
-                self._evaluate(*batch)
+                self._gradients(batch)
             finally:
                 self._set_weights(present)
             self._optimizer.update_last_grad()

@@ -4,7 +4,8 @@ import json
 import os
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ class Metrics:
         self._file: int | None = None
         self._trackers: list[Tracker] = []
         self._waiting, self._size = b"", keep_bytes or 0
-        ranks.agree(lambda: self._open(run_dir, config))
+        ranks.on_first(self._open, run_dir, config)
 
     def _open(self, run_dir: Path, config: Config) -> None:
         path, update = run_dir / "metrics.jsonl", -1
@@ -112,13 +113,13 @@ class Metrics:
 
 
 class Clock:
-    """Counts the seconds of training into a run's position. It stops during validation and while a checkpoint is copied.
+    """Counts the seconds of training. It stops during validation and while a checkpoint is copied.
 
     It waits for the device's queue when it starts and stops, so that queued work is counted where it belongs.
     """
 
-    def __init__(self, position: Position, device: torch.device) -> None:
-        self._position, self._device = position, device
+    def __init__(self, device: torch.device, seconds: float = 0.0) -> None:
+        self._device, self._before = device, seconds
         self._started: float | None = None
 
     def start(self) -> None:
@@ -126,16 +127,19 @@ class Clock:
         self._wait()
         self._started = time.perf_counter()
 
-    def stop(self) -> None:
-        """Stop counting."""
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Inside this block, no time is counted."""
         self._wait()
-        self._position.seconds, self._started = self.seconds, None
+        self._before, self._started = self.seconds, None
+        yield
+        self.start()
 
     @property
     def seconds(self) -> float:
         """Seconds of training so far; the host does not wait for the device."""
         running = time.perf_counter() - self._started if self._started is not None else 0.0
-        return self._position.seconds + running
+        return self._before + running
 
     def _wait(self) -> None:
         if self._device.type == "cuda":
@@ -149,7 +153,7 @@ class Progress:
         self._config, self._first = config, ranks.first
         self._start, self._seconds = position.step, position.seconds
         self._flops = flops_per_token
-        self._window = position.evaluated, position.seconds  # at the last line
+        self._window = position.sequences, position.seconds  # at the last line
         name = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else ""
         self._peak = ranks.size * peak_flops(name)
         self._bar = tqdm(
@@ -162,15 +166,15 @@ class Progress:
         """One more step is done."""
         self._bar.update()
 
-    def show(self, update: int, evaluated: int, seconds: float, **losses: float) -> None:
-        """Show losses. The run has computed the gradients of `evaluated` sequences so far, in `seconds`.
+    def show(self, update: int, sequences: int, seconds: float, **losses: float) -> None:
+        """Show losses. The run has computed the gradients of `sequences` sequences so far, in `seconds`.
 
         The speed is measured since the last line, so the slow first steps affect the first line only.
         """
         if not self._first:
             return
         self._shown |= {name: f"{loss:.4f}" for name, loss in losses.items()}
-        passed, took = evaluated - self._window[0], seconds - self._window[1]
+        passed, took = sequences - self._window[0], seconds - self._window[1]
         if passed:
             speed = passed * self._config.seq_len / took
             self._shown["tokens/s"] = f"{speed:,.0f}"
@@ -179,7 +183,7 @@ class Progress:
         self._bar.set_postfix(self._shown)
         line_due = self._bar.disable and "val_loss" in losses
         if passed and (line_due or not self._bar.disable):
-            self._window = evaluated, seconds
+            self._window = sequences, seconds
         if line_due:
             fields = (name for name in ("val_loss", "train_loss", "tokens/s", "MFU") if name in self._shown)
             line = "   ".join(f"{name} {self._shown[name]}" for name in fields)

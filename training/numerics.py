@@ -16,7 +16,7 @@ def choose_dtype(config: Config, device: torch.device) -> str:
     return "bfloat16" if has_bfloat16_units(device) else "float32"
 
 
-def settle(config: Config, at_end: ExitStack) -> None:
+def set_switches(config: Config, at_end: ExitStack) -> None:
     """Set torch's switches for this run; `at_end` puts them back.
 
     Partial sums of a bfloat16 product are added in float32: the correction of MVR-1, -2 and -3 is a small difference of two

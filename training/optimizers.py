@@ -11,14 +11,11 @@ from torch.optim import Optimizer
 
 from common.errors import UserError
 from model import GPT
-from optim import Gluon, GluonMVR1, GluonMVR2, GluonMVR3, MuonMVR, PreviousBatchMVR, SingleBatchMVR
+from optim import BY_NAME, Gluon, MuonMVR
 from optim.base import ADAMW, LayerwiseOptimizer
 from training.config import Config
 
-OPTIMIZERS: dict[str, type[Optimizer]] = {
-    "gluon": Gluon, "mvr1": GluonMVR1, "mvr2": GluonMVR2, "mvr3": GluonMVR3, "single_batch": SingleBatchMVR,
-    "previous_batch": PreviousBatchMVR, "muon_mvr": MuonMVR, "adamw": Gluon,
-}  # fmt: skip
+OPTIMIZERS: dict[str, type[Optimizer]] = {**BY_NAME, "adamw": Gluon}
 # Options that not every optimizer has. Those that the user sets are passed on; one that the constructor lacks is an error.
 _GIVEN = ("momentum", "gamma", "q", "weight_decay", "bias_correction", "eps")
 
@@ -79,6 +76,11 @@ def optimizer_class(name: str) -> type[Optimizer]:
     if not (isinstance(found, type) and issubclass(found, Optimizer)):
         raise UserError(f"optimizer = {name}: {class_name} is not a torch.optim.Optimizer")
     return found
+
+
+def updates_of(optimizer: Optimizer, steps: int) -> int:
+    """The index of the weights that the model holds, after `steps` steps that were not skipped."""
+    return getattr(optimizer, "updates", steps)
 
 
 def is_deferred(optimizer: Optimizer) -> bool:

@@ -1,20 +1,14 @@
 """The ranks of a run: one process, or those that torchrun started."""
 
-import errno
 import os
 import re
-import signal
 import socket
-import sys
-import threading
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,6 +19,7 @@ from common import errors
 from common.errors import UserError
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 
 class LostRankError(UserError):
@@ -66,7 +61,7 @@ class Ranks:
         if rank >= size:
             raise UserError(f"RANK = {rank} is outside WORLD_SIZE = {size}; start the ranks with torchrun")
         chosen = choose_device(device, local_rank, max(local_size, local_rank + 1))
-        store = _meet(rank, size, timedelta(seconds=timeout))
+        store = _meet(timedelta(seconds=timeout))
         errors.claim_to_tell = lambda: _claim(store)
         # The group on the host must be the first to notice a missing rank: nccl's own timeout aborts the process.
         longer = timedelta(seconds=timeout + 60 if chosen.type == "cuda" else timeout)
@@ -89,14 +84,14 @@ class Ranks:
             warnings.simplefilter("ignore", FutureWarning)
             return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
-    def agree(self, decide: Callable[[], T]) -> T:
-        """Run `decide` on rank 0 and return its result on every rank. If it raises `UserError`, every rank does."""
+    def on_first(self, act: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
+        """Call `act` on rank 0 and return its result on every rank. If it raises `UserError`, every rank does."""
         if self.size == 1:
-            return decide()
+            return act(*arguments, **options)
         answer: list[Any] = [None, None]
         if self.first:
             try:
-                answer[0] = decide()
+                answer[0] = act(*arguments, **options)
             except UserError as error:
                 answer[1] = str(error)
         dist.broadcast_object_list(answer, src=0, group=self.host)
@@ -104,14 +99,14 @@ class Ranks:
             raise UserError(answer[1], everywhere=True)
         return answer[0]
 
-    def together(self, act: Callable[[], T]) -> T:
-        """Run `act` on every rank and return its result there. If some ranks raise `UserError`, all raise the lowest rank's."""
+    def on_all(self, act: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
+        """Call `act` on every rank and return its result there. If any raises `UserError`, all raise the lowest rank's."""
         if self.size == 1:
-            return act()
+            return act(*arguments, **options)
         result: Any = None
         failure = None
         try:
-            result = act()
+            result = act(*arguments, **options)
         except UserError as error:
             failure = str(error)
         for rank, text in enumerate(self.gather(failure)):
@@ -180,100 +175,7 @@ class Ranks:
         if dist.is_initialized():
             dist.barrier(group=self.host)  # no rank closes its connections while another still needs them
             dist.destroy_process_group()
-
-
-class StopSignal:
-    """SIGINT, SIGTERM and SIGUSR1 (a scheduler's warning) ask for a stop. All ranks stop after the same step.
-
-    A context manager. Python allows signal handlers in the main thread only; in another thread it installs none.
-
-    If a rank dies or hangs inside a collective, the main threads of the others wait inside torch, where no handler runs. So a
-    thread also listens for signals. After one, it ends the process if the step takes too long. Time inside `pause`, as during
-    a validation, does not count.
-    """
-
-    LEAST_WAIT = 5.0  # seconds; three times the longest step so far if that is longer
-
-    def __init__(self, ranks: Ranks) -> None:
-        self._ranks = ranks
-        self._asked: signal.Signals | None = None
-        self._before: dict[signal.Signals, Any] = {}
-        self._agreed = threading.Event()
-        self._paused = False
-        self._step_began, self._longest = time.monotonic(), 10.0  # a guess, until a step has been timed
-        self._first_step = True
-        self._pipe: tuple[int, int, int] | None = None  # read end, write end, the wakeup file from before
-
-    def __enter__(self) -> "StopSignal":
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-                self._before[number] = signal.signal(number, self._ask)
-            if self._ranks.size > 1:
-                ours, theirs = os.pipe()
-                os.set_blocking(theirs, False)
-                self._pipe = ours, theirs, signal.set_wakeup_fd(theirs, warn_on_full_buffer=False)
-                self._thread = threading.Thread(target=self._listen, args=(ours,), daemon=True)
-                self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not set by Python
-        if self._pipe is not None:
-            (ours, theirs, before), self._pipe = self._pipe, None
-            signal.set_wakeup_fd(before)
-            self._agreed.set()
-            os.close(theirs)  # the thread then reads the end of the file
-            self._thread.join()
-            os.close(ours)
-
-    def _listen(self, signals: int) -> None:
-        """In a thread: after SIGINT or SIGTERM, end the process unless the ranks agree to stop in time."""
-        while number := os.read(signals, 1):
-            if number[0] not in (signal.SIGINT, signal.SIGTERM):
-                continue
-            wait = left = max(self.LEAST_WAIT, 3 * self._longest)
-            while left > 0 and not self._agreed.wait(0.1):
-                left -= 0.0 if self._paused else 0.1
-            if not self._agreed.is_set():
-                late = f"the step was not over {wait:.0f} s after {signal.Signals(number[0]).name}"
-                advice = "another rank may have died; --resume auto continues from the newest checkpoint"
-                print(f"train_gpt: rank {self._ranks.rank}: {late}: {advice}", file=sys.stderr, flush=True)
-                os._exit(LostRankError.exit_code)
-
-    @contextmanager
-    def pause(self) -> Iterator[None]:
-        """Inside this block, no step is late."""
-        self._paused = True
-        try:
-            yield
-        finally:
-            self._paused = False
-
-    def finish(self) -> None:
-        """Call this after the last step: none can be late any more."""
-        self._agreed.set()
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self._asked and number == signal.SIGINT:  # a second Ctrl-C does not wait for the step
-            raise KeyboardInterrupt
-        self._asked = signal.Signals(number)
-
-    def agreed(self) -> str:
-        """Why to stop: "", "interrupted" by the user, or "preempted". Every rank must call it once a step.
-
-        The hosts wait for each other here, the devices do not: a host has only queued the work of the step.
-        """
-        vote = torch.tensor([0 if self._asked is None else 1 if self._asked == signal.SIGINT else 2], dtype=torch.int32)
-        if self._ranks.size > 1:
-            dist.all_reduce(vote, dist.ReduceOp.MAX, group=self._ranks.host)
-        now = time.monotonic()
-        took, self._step_began = now - self._step_began, now
-        self._longest, self._first_step = took if self._first_step else max(took, self._longest), False
-        why = ("", "interrupted", "preempted")[int(vote.item())]
-        if why:
-            self._agreed.set()
-        return why
+            errors.claim_to_tell = None
 
 
 def _number(name: str, least: int, below: int, default: str | None = None) -> int:
@@ -285,8 +187,11 @@ def _number(name: str, least: int, below: int, default: str | None = None) -> in
     return int(text)
 
 
-def _meet(rank: int, size: int, timeout: timedelta) -> dist.Store:
-    """The store at MASTER_ADDR:MASTER_PORT. torchrun holds it there; without torchrun, rank 0 does."""
+def _meet(timeout: timedelta) -> dist.Store:
+    """The store at MASTER_ADDR:MASTER_PORT. torchrun holds it there; without torchrun, rank 0 does.
+
+    torch would look for a host that does not exist until the time is over, so that is checked first.
+    """
     port = _number("MASTER_PORT", 1, 2**16)
     host = os.environ.get("MASTER_ADDR", "")
     if not host:
@@ -295,25 +200,13 @@ def _meet(rank: int, size: int, timeout: timedelta) -> dist.Store:
         socket.getaddrinfo(host, port)
     except OSError as error:
         raise UserError(f"MASTER_ADDR = {host} can't be found ({error.strerror}); torchrun sets it") from None
-    held = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    if rank == 0 and not held:
-        _check_free(port)
     try:
-        store = dist.TCPStore(host, port, size, rank == 0 and not held, timeout, multi_tenant=True)
+        store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
     except (RuntimeError, ValueError) as error:
+        if "EADDRINUSE" in str(error):
+            raise UserError(f"MASTER_PORT = {port} is taken; choose another") from None
         raise UserError(f"the ranks can't meet at {host}:{port} ({_first_line(error)})") from None
     return dist.PrefixStore(f"launch{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-
-
-def _check_free(port: int) -> None:
-    """Check before torch does, because torch reports it in several lines."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", port))
-        except OSError as error:
-            what = "is taken" if error.errno == errno.EADDRINUSE else f"can't be used ({error.strerror})"
-            raise UserError(f"MASTER_PORT = {port} {what}; choose another") from None
 
 
 def _claim(store: dist.Store) -> bool:

@@ -58,6 +58,7 @@ def prepare_run(run_dir: Path, config: Config, source: Path | None, state: dict[
         if not own:
             _clear(run_dir)
         (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (run_dir / REQUEUE).unlink(missing_ok=True)  # this run goes on
         if content is not None:  # the curve up to the checkpoint of the other run
             (run_dir / "metrics.jsonl").write_bytes(content)
         _describe(run_dir, config, state["step"] if state else 0)
@@ -154,11 +155,6 @@ def ask_for_requeue(run_dir: Path) -> None:
     """Leave the marker that makes scripts/slurm.sh requeue the job."""
     with suppress(OSError), atomic_file(run_dir / REQUEUE):  # a full disk must not turn a clean stop into a failure
         pass
-
-
-def forget_requeue(run_dir: Path) -> None:
-    """Remove the marker: the run has resumed."""
-    (run_dir / REQUEUE).unlink(missing_ok=True)
 
 
 def _check_same_experiment(checkpoint: Path, state: dict[str, Any], config: Config) -> None:

@@ -84,9 +84,7 @@ def test_shards_and_text_have_the_same_score(run, tmp_path, capsys):
 
 
 def test_the_runs_own_data_as_the_trainer_validates(tmp_path, capsys):
-    """The same windows and the same number as train_gpt.validate, for a run and its checkpoint."""
-    from contextlib import nullcontext
-
+    """The same windows and the same number as train_gpt.Net.validate, for a run and its checkpoint."""
     import train_gpt
     from data.loader import TokenStream
     from training.config import Config
@@ -98,7 +96,7 @@ def test_the_runs_own_data_as_the_trainer_validates(tmp_path, capsys):
     run = write_run(tmp_path / "run", data_dir=str(tmp_path / "data"), val_tokens=1000)
     config = Config.from_dict(json.loads((run / "config.json").read_text()))
     model, stream, alone = random_model(), TokenStream(tmp_path / "data", "val"), Ranks(0, 1, torch.device("cpu"))
-    expected = train_gpt.validate(model, model, stream, 8, config, alone, nullcontext())
+    expected = train_gpt.Net(model, model, config, alone, "float32", None).validate(stream)
     shutil.copytree(run, run / "checkpoints" / "step_0000010", ignore=shutil.ignore_patterns("checkpoints"))
     rows = table(capsys, run, run / "checkpoints" / "step_0000010")
     assert [row["model"] for row in rows] == ["run", "run/step_0000010"]

@@ -13,8 +13,9 @@ from model import GPT, GPTConfig
 from optim import Gluon, GluonMVR1, GluonMVR2, GluonMVR3, MuonMVR, PreviousBatchMVR, SingleBatchMVR
 from tests.helpers.ranks import Ranks as Processes
 from training import checkpoint
-from training.checkpoint import Checkpointer, Position
+from training.checkpoint import Position
 from training.ranks import Ranks
+from training.saver import Saver
 
 pytestmark = pytest.mark.slow
 VARIANTS = {
@@ -76,7 +77,7 @@ def steps(folder: str, variant: str, sharded: bool, first: int, last: int, load:
             return loss
 
         optimizer.step(closure)
-    writer = Checkpointer(Path(folder), ranks, keep=5)
+    writer = Saver(Path(folder), ranks, keep=5)
     writer.save(model, optimizer, Position(step=last), config={})
     writer.finish()
     if not alone:

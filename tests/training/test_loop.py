@@ -21,7 +21,8 @@ from training.checkpoint import Position
 from training.config import Config, load_config
 from training.finite import FiniteGuard
 from training.metrics import Progress, peak_flops
-from training.ranks import Ranks, StopSignal
+from training.ranks import Ranks
+from training.stop import StopSignal
 
 READS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.is_nonzero.default)
 
@@ -77,7 +78,7 @@ def test_the_count_sees_a_read():
 def test_the_finite_guard_reads_once_a_pass_except_on_cuda(on_nan, device, expected):
     """On a CPU reading costs nothing. On CUDA a run that stops anyway reads the flags a step later."""
     net = Net()
-    guard = FiniteGuard(net, make("gluon", net), Ranks(0, 1, torch.device(device)), Config(on_nan=on_nan), Position())
+    guard = FiniteGuard(net, make("gluon", net), Ranks(0, 1, torch.device(device)), Config(on_nan=on_nan))
     with Reads() as reads:
         closure_of(net, batch(0), guard.look)()
     assert reads.count == expected
@@ -141,7 +142,7 @@ def test_a_runs_switches_are_put_back():
 
     before = switches()
     with ExitStack() as at_end:
-        numerics.settle(Config(deterministic=True), at_end)
+        numerics.set_switches(Config(deterministic=True), at_end)
         assert switches() == (True, False, False)
     assert switches() == before
 
@@ -191,7 +192,7 @@ def test_a_killed_rank_and_a_signal_end_the_other_at_once(trainer):  # noqa: F81
 def second_validation_is_slow() -> None:
     """It takes three seconds, in which this rank gets SIGTERM."""
     StopSignal.LEAST_WAIT = 0.2
-    validate, calls = train_gpt.validate, []
+    validate, calls = train_gpt.Net.validate, []
 
     def slow(*arguments):
         calls.append(1)
@@ -200,7 +201,7 @@ def second_validation_is_slow() -> None:
             time.sleep(3)
         return validate(*arguments)
 
-    train_gpt.validate = slow
+    train_gpt.Net.validate = slow
 
 
 @pytest.mark.slow

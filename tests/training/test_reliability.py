@@ -28,6 +28,7 @@ from training.config import Config, load_config
 from training.finite import FiniteGuard
 from training.optimizers import build_optimizer
 from training.ranks import Ranks
+from training.saver import Saver
 
 MVR2 = "--optimizer mvr2 --q 0.6"
 MVR3 = "--optimizer mvr3 --momentum 0.2"
@@ -185,14 +186,14 @@ def test_a_disk_that_stays_full_leaves_the_old_checkpoints_intact(trainer, undis
 
 
 def rank_1_cannot_write_once() -> None:
-    write = training.checkpoint._write_tensors
+    write = training.checkpoint.write_tensors
 
     def failing(path: Path, tensors: dict) -> str:
         if on_rank(1) and "step_0000002" in str(path):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         return write(path, tensors)
 
-    training.checkpoint._write_tensors = failing
+    training.checkpoint.write_tensors = failing
 
 
 def test_a_write_that_fails_on_another_rank_is_reported(trainer):  # noqa: F811
@@ -205,17 +206,17 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
     model = torch.nn.Linear(3, 3)
     optimizer = torch.optim.SGD(model.parameters(), momentum=0.9)
     (tmp_path / "checkpoints").mkdir()
-    write = training.checkpoint._write_tensors
-    monkeypatch.setattr(training.checkpoint, "_write_tensors", lambda *a: (time.sleep(0.5), write(*a))[1])
-    checkpointer = training.checkpoint.Checkpointer(tmp_path, ALONE, keep=2)
+    write = training.checkpoint.write_tensors
+    monkeypatch.setattr(training.checkpoint, "write_tensors", lambda *a: (time.sleep(0.5), write(*a))[1])
+    saver = Saver(tmp_path, ALONE, keep=2)
     before = model.weight.detach().clone()
     started = time.monotonic()
-    checkpointer.save(model, optimizer, Position(step=1, evaluated=1), {})
+    saver.save(model, optimizer, Position(step=1, sequences=1), {})
     assert time.monotonic() - started < 0.4
     with torch.no_grad():
         model.weight.zero_()
     assert not list_checkpoints(tmp_path / "checkpoints")
-    checkpointer.finish()
+    saver.finish()
     saved = training.checkpoint.load_file(tmp_path / "checkpoints" / "step_0000001" / "model.safetensors")
     assert torch.equal(saved["weight"], before)
 
@@ -370,7 +371,7 @@ def test_on_cuda_flags_are_read_a_step_later_but_before_anything_is_written(monk
     model = torch.nn.Linear(2, 2)
 
     def guard() -> FiniteGuard:
-        made = FiniteGuard(model, torch.optim.SGD(model.parameters()), ALONE, Config(batch_size=8), Position())
+        made = FiniteGuard(model, torch.optim.SGD(model.parameters()), ALONE, Config(batch_size=8))
         made._later = True
         return made
 
@@ -385,7 +386,7 @@ def test_on_cuda_flags_are_read_a_step_later_but_before_anything_is_written(monk
     one_step(watching, 1, torch.nan)  # not read yet
     with pytest.raises(Diverged, match="step 1: the gradient of bias is not finite"):
         one_step(watching, 2, 1.0)
-    for write in (FiniteGuard.settle, FiniteGuard.check_state):
+    for write in (FiniteGuard.check, FiniteGuard.check_state):
         watching = guard()
         one_step(watching, 0, torch.inf)
         with pytest.raises(Diverged, match="step 0: the gradient of bias is not finite"):

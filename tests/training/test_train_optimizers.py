@@ -177,18 +177,18 @@ def test_a_last_gradient_recovers_after_a_bad_batch():
     """The step after a bad batch compares with it and fails too; the next step does not."""
     taken = []
 
-    def evaluate(batch: str, _: str) -> None:
+    def gradients(batch: str) -> None:
         taken.append(batch)
         if batch == "bad":
             raise ArithmeticError
 
     weight = torch.nn.Parameter(torch.ones(2, 2))
-    record = LastGradient(optim.MuonMVR([weight]), "previous_batch", None, evaluate).record
-    record(0, ("first", ""))
-    record(1, ("bad", ""))
+    before_step = LastGradient(optim.MuonMVR([weight]), "previous_batch", None, gradients).before_step
+    before_step(0, "first")
+    before_step(1, "bad")
     with pytest.raises(ArithmeticError):
-        record(2, ("third", ""))
-    record(3, ("fourth", ""))
+        before_step(2, "third")
+    before_step(3, "fourth")
     assert taken == ["first", "bad", "third"]
 
 
@@ -242,6 +242,10 @@ def test_an_optimizer_of_torch_trains_as_in_torch(trainer, tmp_path, name, optio
     loader.close()
     for key, value in model.state_dict().items():
         assert (done.weights[key] == value.numpy()).all(), key
+
+
+def test_the_names_are_those_of_the_optimizers():
+    assert set(OPTIMIZERS) == {*optim.BY_NAME, "adamw"}
 
 
 def test_passes_come_from_the_class():
