@@ -19,10 +19,11 @@ import os
 import runpy
 import sys
 import traceback
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import InitVar, dataclass, field
 from pathlib import Path
-from types import ModuleType
-from typing import Any, NoReturn
+from types import MappingProxyType, ModuleType, NoneType
+from typing import Any, NoReturn, get_args
 
 from common.errors import UserError
 
@@ -33,22 +34,23 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
 def option(default: bool | int | float | str | None, help: str, **rules: Any) -> Any:
-    """A field of `Config`. Rules: `choices`, `least`, `above`, `below`, `most`, and `group`, a heading of `--help`.
-
-    `kind` is the type of an option whose default is None (the optimizer's own default, or nothing).
-    """
+    """A field of `Config`. Rules: `choices`, `least`, `above`, `below`, `most`, and `group`, a heading of `--help`."""
     return field(default=default, metadata={"help": help, **rules})
 
 
-def _kind(opt: dataclasses.Field) -> type:
-    return opt.metadata.get("kind", type(opt.default))
+def kind_of(opt: dataclasses.Field) -> type:
+    """The type of an option, as it is annotated, without None: bool, int, float, str or dict."""
+    return next(kind for kind in get_args(opt.type) or (opt.type,) if kind is not NoneType)
 
 
 @dataclass(frozen=True)
 class Config:
-    """Every option of a run, checked when it is built. An option has the type of its default."""
+    """Every option of a run, checked when it is built. None is an optimizer's own default, or nothing.
 
-    run_name: str = option("run", "folder of this run under results_dir; else the config's name, or", group="run")
+    `labels` names options in error messages, for callers that know where their values come from.
+    """
+
+    run_name: str = option("run", "name of this run's folder in results_dir; with --config, the config's own name", group="run")
     results_dir: str = option("runs", "where runs are written")
     overwrite: bool = option(False, "replace an existing run of this name")
     resume: str = option("", "checkpoint to continue from; auto: the newest of this run, if there is one")
@@ -70,32 +72,32 @@ class Config:
         "gluon", f"{', '.join(OPTIMIZERS)}, or package.module:Class of any torch.optim.Optimizer", group="optimizer"
     )
     lr: float = option(3.6e-4, "learning rate; a layer moves by lr * radius", least=0)
-    momentum: float | None = option(None, "weight of the past in the momentum (beta)", kind=float, least=0, below=1)
-    gamma: float | None = option(None, "scale of the correction: mvr1, mvr3, ..._batch, muon_mvr", kind=float, least=0)
-    q: float | None = option(None, "mvr2, mvr3: weight of the new gradient in the estimate", kind=float, above=0, most=1)
-    weight_decay: float | None = option(None, "decoupled; 1 keeps the weights in the ball of the radius", kind=float, least=0)
-    bias_correction: bool | None = option(None, "averages start from zero; false: from the first gradient", kind=bool)
+    momentum: float | None = option(None, "weight of the past in the momentum (beta)", least=0, below=1)
+    gamma: float | None = option(None, "scale of the correction: mvr1, mvr3, ..._batch, muon_mvr", least=0)
+    q: float | None = option(None, "mvr2, mvr3: weight of the new gradient in the estimate", above=0, most=1)
+    weight_decay: float | None = option(None, "decoupled; 1 keeps the weights in the ball of the radius", least=0)
+    bias_correction: bool | None = option(None, "averages start from zero; false: from the first gradient")
     compare_with: str = option(
         "last_step", "muon_mvr: the gradient to compare with", choices=("last_step", "previous_batch", "previous_weights")
     )
-    optimizer_options: dict | None = option(None, "further arguments of the optimizer's constructor", kind=dict)  # noqa: RUF009
-    embed_options: dict | None = option(None, "options of the embedding that differ", kind=dict)  # noqa: RUF009
+    optimizer_options: dict | None = option(None, "further arguments of the optimizer's constructor")  # noqa: RUF009
+    embed_options: dict | None = option(None, "options of the embedding that differ")  # noqa: RUF009
     block_norm: str = option("spectral", "norm of the blocks", choices=NORMS)
     block_radius: float = option(50.0, "radius of the blocks' matrices", above=0)
     embed_norm: str = option("sign", "norm of the embedding", choices=NORMS)
     embed_radius: float = option(3000.0, "radius of the tied embedding", above=0)
     scale: str = option("scion", "dimension factor of a step", choices=("scion", "muon", "moonlight", "none"))
     polar: str = option("polar_express", "polar factor", choices=("polar_express", "newton_schulz", "svd"))
-    beta1: float | None = option(None, "adamw: weight of the past in the mean", kind=float, least=0, below=1)
-    beta2: float | None = option(None, "adamw: weight of the past in the variance", kind=float, least=0, below=1)
-    eps: float | None = option(None, "adamw: added to the root of the variance", kind=float, above=0)
+    beta1: float | None = option(None, "adamw: weight of the past in the mean", least=0, below=1)
+    beta2: float | None = option(None, "adamw: weight of the past in the variance", least=0, below=1)
+    eps: float | None = option(None, "adamw: added to the root of the variance", above=0)
 
     steps: int = option(5100, "updates of the weights", least=1, group="schedule")
     schedule: str = option("constant", "how the lr changes", choices=("constant", "linear", "theory"))
     warmup_steps: int = option(0, "updates at the start in which the lr rises from 0", least=0)
     warmdown_steps: int = option(1450, "linear only: updates at the end in which the lr falls to 0", least=0)
 
-    val_every: int = option(125, "updates between validations", least=1, group="evaluation")
+    val_every: int = option(125, "updates between validations", least=1, group="validation")
     val_tokens: int = option(10485760, "tokens of a validation", least=1)
     log_every: int = option(10, "updates between logged training losses", least=1)
 
@@ -116,9 +118,11 @@ class Config:
     wandb_project: str = option("gluon-mvr", "Weights & Biases project")
     tensorboard: bool = option(False, "also log to TensorBoard, into the run's folder")
 
-    def __post_init__(self) -> None:
-        for opt in dataclasses.fields(self):
-            object.__setattr__(self, opt.name, _checked(opt.name, opt, getattr(self, opt.name)))
+    labels: InitVar[Mapping[str, str]] = MappingProxyType({})
+
+    def __post_init__(self, labels: Mapping[str, str]) -> None:
+        for name, opt in OPTIONS.items():
+            object.__setattr__(self, name, _checked(labels.get(name, name), opt, getattr(self, name)))
         if self.d_model % (2 * self.n_head):
             raise _mistake(
                 f"d_model = {self.d_model} must be a multiple of 2 * n_head = {2 * self.n_head}: heads share it, and "
@@ -148,7 +152,8 @@ class Config:
         """A config from what `to_dict` gave; missing options get their defaults. Raises UserError for an unknown or bad one."""
         if not isinstance(values, dict):
             raise _mistake(f"{source} must map option names to values, not be {_shown(values)}")
-        return cls(**_checked_all(source, {name: value for name, value in values.items() if name not in _GONE}))
+        values = {name: value for name, value in values.items() if name not in _GONE}
+        return cls(**values, labels=_labels(source, values))
 
 
 OPTIONS = {opt.name: opt for opt in dataclasses.fields(Config)}
@@ -158,13 +163,20 @@ def load_config(argv: list[str]) -> Config:
     """The config that a command line (without the program's name) asks for. Raises UserError for any mistake in it."""
     given = _command_line(argv)
     path = given.pop("config", None)
-    values = {}
-    if path is not None:
-        values = {"run_name": Path(path).stem, **_file_values(path)}
-        values = _checked_all(path, {name: value for name, value in values.items() if name not in given})
-        if ":" in (given | values).get("optimizer", ""):  # its module may be next to the config
-            sys.path.append(os.path.dirname(os.path.abspath(path)))
-    return Config(**values, **given)
+    values: dict[str, Any] = {} if path is None else {"run_name": Path(path).stem, **_file_values(path)}
+    labels = _labels(path, values) | {name: _flag(name) for name in given}
+    config = Config(**(values | given), labels=labels)
+    if path is not None and ":" in config.optimizer:  # its module may be next to the config
+        sys.path.append(os.path.dirname(os.path.abspath(path)))
+    return config
+
+
+def _labels(source: str | None, values: dict[str, Any]) -> dict[str, str]:
+    """What a message calls options that come from a source. Raises UserError for a name that is not an option."""
+    for name in values:
+        if name not in OPTIONS:
+            raise _mistake(f"{source}: unknown option {_hint(str(name), OPTIONS)}")
+    return {name: f"{source}: {name}" for name in values}
 
 
 # The command line -----------------------------------------------------------------------------------------------------
@@ -189,7 +201,7 @@ def _parser() -> _Parser:
         if "group" in opt.metadata:
             group = parser.add_argument_group(opt.metadata["group"])
         flag = _flag(opt.name)
-        kind = _kind(opt)
+        kind = kind_of(opt)
         default = "the optimizer's own" if opt.default is None else str(opt.default).lower() if kind is bool else opt.default
         choices = "|".join(opt.metadata.get("choices", ())).strip("|")
         help = opt.metadata["help"] + (choices and f": {choices}") + (f" [{default}]" if default != "" else "")
@@ -203,7 +215,7 @@ def _parser() -> _Parser:
 
 
 def _command_line(argv: list[str]) -> dict[str, Any]:
-    """The checked options on the command line, and "config" if it is given."""
+    """The options on the command line, unchecked, and "config" if it is given."""
     words = []
     for word in argv:  # --run_name means --run-name
         key, equals, value = word.partition("=")
@@ -219,7 +231,7 @@ def _command_line(argv: list[str]) -> dict[str, Any]:
             continue
         if len(texts) > 1:
             raise _mistake(f"{_flag(name)} is given {len(texts)} times; keep one")
-        given[name] = texts[0] if name == "config" else _checked(_flag(name), OPTIONS[name], _parsed(name, texts[0]))
+        given[name] = texts[0] if name == "config" else _parsed(name, texts[0])
     return given
 
 
@@ -229,7 +241,7 @@ def _flag(name: str) -> str:
 
 def _parsed(name: str, text: str) -> Any:
     """The value of a text. A text that does not parse is returned unchanged, and the check then refuses it."""
-    kind = _kind(OPTIONS[name])
+    kind = kind_of(OPTIONS[name])
     if kind is bool:
         return {"true": True, "false": False}.get(text.lower(), text)
     try:
@@ -285,8 +297,8 @@ def _nearest_file(path: str) -> str:
 # Checks ---------------------------------------------------------------------------------------------------------------
 
 KINDS = {
-    bool: "True or False", int: "an integer", float: "a finite number", str: "text",
-    dict: 'option names and their values, such as {"nesterov": false},',
+    bool: "True or False", int: "an integer", float: "a finite number", str: "printable text",
+    dict: 'option names and their values, such as {"nesterov": false}',
 }  # fmt: skip
 BOUNDS = {
     "least": ("of at least", operator.ge),
@@ -296,57 +308,57 @@ BOUNDS = {
 }
 
 
-def _checked_all(source: str, values: dict[str, Any]) -> dict[str, Any]:
-    for name in values:
-        if name not in OPTIONS:
-            raise _mistake(f"{source}: unknown option {_hint(str(name), OPTIONS)}")
-    return {name: _checked(f"{source}: {name}", OPTIONS[name], value) for name, value in values.items()}
-
-
 def _checked(label: str, opt: dataclasses.Field, value: Any) -> Any:
     """The value as the option's type, or an error that says what it must be."""
-    kind, rules = _kind(opt), opt.metadata
     if value is None and opt.default is None:
         return None
-    wanted = KINDS[kind]
-    bounds = [(word, rules[key], holds) for key, (word, holds) in BOUNDS.items() if key in rules]
-    if bounds:
-        wanted += " " + " and ".join(f"{word} {bound}" for word, bound, _ in bounds)
-    hint = ""
+    wanted, hint, choices = _wanted(opt), "", opt.metadata.get("choices")
+    try:
+        value = _converted(kind_of(opt), value)
+        if isinstance(value, int) and abs(value) >= 2**63:
+            wanted += " and below 2**63"
+        elif _fits(opt, value):
+            return value
+        elif choices:
+            hint = _near(value, choices)
+    except (TypeError, ValueError, OverflowError, RecursionError):
+        pass  # not of the type
+    raise _mistake(f"{label} must be {wanted}, not {_shown(value)}{hint}")
 
-    allowed = (int, float) if kind is float else kind
-    right = isinstance(value, allowed) and (kind is bool or not isinstance(value, bool))
-    if right and kind is int and abs(value) >= 2**63:
-        wanted, right = wanted + " and below 2**63", False
-    elif right:
-        try:
-            value = kind(value)
-        except OverflowError:
-            right = False  # too large for a float
-    if right and kind is float:
-        right = math.isfinite(value)
-    if right and kind in (int, float):
-        right = all(holds(value, bound) for _, bound, holds in bounds)
-    if kind is str and "choices" in rules:
-        wanted = "one of " + ", ".join(choice or "''" for choice in rules["choices"])
-        right = right and value in rules["choices"]
-        if not right and isinstance(value, str):
-            hint = _near(value, rules["choices"])
-    elif kind is str and opt.name == "run_name":
-        wanted = "a folder name of 1 to 200 bytes (no slash, no outer space, not '..')"
-        right = right and _names_folder(value)
-    elif kind is dict:
-        right = right and all(isinstance(name, str) and name.isidentifier() for name in value)
-        try:
-            value = json.loads(json.dumps(value, allow_nan=False))  # a tuple becomes a list, as in a saved config
-        except (TypeError, ValueError, RecursionError):
-            right = False
-    elif kind is str:
-        wanted = "printable text" if opt.default == "" else "printable text that is not empty"
-        right = right and value.isprintable() and (value.strip() != "" or opt.default == "")
-    if not right:
-        raise _mistake(f"{label} must be {wanted}, not {_shown(value)}{hint}")
-    return value
+
+def _wanted(opt: dataclasses.Field) -> str:
+    kind, rules = kind_of(opt), opt.metadata
+    if "choices" in rules:
+        return "one of " + ", ".join(choice or "''" for choice in rules["choices"])
+    if opt.name == "run_name":
+        return "a folder name of 1 to 200 bytes (no slash, no outer space, not '..')"
+    if kind is str:
+        return KINDS[str] + (" that is not empty" if opt.default else "")
+    return f"{KINDS[kind]} {' and '.join(f'{word} {rules[key]}' for key, (word, _) in BOUNDS.items() if key in rules)}".strip()
+
+
+def _converted(kind: type, value: Any) -> Any:
+    """The value as this type. Raises an error if it is of another one."""
+    if kind is dict:
+        if not (isinstance(value, dict) and all(isinstance(name, str) and name.isidentifier() for name in value)):
+            raise TypeError
+        return json.loads(json.dumps(value, allow_nan=False))  # a tuple becomes a list, as in a saved config
+    if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool) != (kind is bool):
+        raise TypeError
+    return kind(value)
+
+
+def _fits(opt: dataclasses.Field, value: Any) -> bool:
+    """Whether a value of the right type is within the option's limits."""
+    rules = opt.metadata
+    if "choices" in rules:
+        return value in rules["choices"]
+    if opt.name == "run_name":
+        return _names_folder(value)
+    if isinstance(value, str):
+        return value.isprintable() and (value.strip() != "" or opt.default == "")
+    within = all(holds(value, rules[key]) for key, (_, holds) in BOUNDS.items() if key in rules)
+    return within and (not isinstance(value, float) or math.isfinite(value))
 
 
 def _names_folder(text: str) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -62,7 +63,7 @@ class Ranks:
             raise UserError(f"RANK = {rank} is outside WORLD_SIZE = {size}; start the ranks with torchrun")
         chosen = choose_device(device, local_rank, max(local_size, local_rank + 1))
         store = _meet(timedelta(seconds=timeout))
-        errors.claim_to_tell = lambda: _claim(store)
+        errors.claim_to_tell = partial(_claim, store)
         # The group on the host must be the first to notice a missing rank: nccl's own timeout aborts the process.
         longer = timedelta(seconds=timeout + 60 if chosen.type == "cuda" else timeout)
         try:

@@ -10,6 +10,7 @@ import threading
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -77,9 +78,9 @@ def start_trackers(run_dir: Path, config: Config, update: int) -> list[Tracker]:
     """The trackers that the config asks for. The run continues at `update`; TensorBoard hides older lines from there on."""
     trackers = []
     if config.wandb:
-        trackers.append(Tracker("Weights & Biases", lambda: _wandb(run_dir, config)))
+        trackers.append(Tracker("Weights & Biases", partial(_wandb, run_dir, config)))
     if config.tensorboard:
-        trackers.append(Tracker("TensorBoard", lambda: _TensorBoard(run_dir / "tensorboard", update)))
+        trackers.append(Tracker("TensorBoard", partial(_TensorBoard, run_dir / "tensorboard", update)))
     return trackers
 
 

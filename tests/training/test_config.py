@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import UserError
-from training.config import OPTIMIZERS, OPTIONS, Config, load_config
+from training.config import OPTIMIZERS, OPTIONS, Config, kind_of, load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
@@ -97,8 +97,7 @@ def test_defaults():
     assert load_config([]) == Config()
     assert Config().run_name == "run" and changed(Config()) == {}
     for opt in OPTIONS.values():
-        kind = opt.metadata.get("kind")
-        assert opt.type == (type(opt.default) if kind is None else kind | None) and opt.metadata["help"]
+        assert opt.type == (kind_of(opt) | None if opt.default is None else type(opt.default)) and opt.metadata["help"]
 
 
 def test_command_line_overrides_the_file(config_file):
