@@ -1,7 +1,8 @@
-"""Gloo processes that stay alive between tests, so that a test need not start N interpreters."""
+"""Processes of one group that stay alive between tests, so that a test need not start N interpreters."""
 
 import contextlib
 import faulthandler
+import multiprocessing
 import os
 import pickle
 import tempfile
@@ -20,11 +21,13 @@ class Ranks:
 
     The functions are module-level, called as function(*arguments), and return what can be pickled. If a rank fails, dies
     or does not answer for `timeout` seconds, all are killed, `run` raises AssertionError with the message of each rank,
-    and the next `run` starts new ones.
+    and the next `run` starts new ones. With the backend nccl, each rank has a card of its own. `start` is a start method of
+    multiprocessing; by default a server forks the processes.
     """
 
-    def __init__(self, world: int, timeout: float = 30) -> None:
-        self.world, self.timeout = world, timeout
+    def __init__(self, world: int, timeout: float = 30, backend: str = "gloo", start: str = "") -> None:
+        self.world, self.timeout, self.backend = world, timeout, backend
+        self._context = multiprocessing.get_context(start) if start else context()
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
 
@@ -55,13 +58,13 @@ class Ranks:
         return [answers[rank][1] for rank in range(self.world)]
 
     def _start(self) -> None:
-        forks = context()
         handle, meeting = tempfile.mkstemp()
         os.close(handle)
         os.unlink(meeting)
         for rank in range(self.world):
-            ours, theirs = forks.Pipe()
-            process = forks.Process(target=_serve, args=(rank, self.world, meeting, theirs, self.timeout), daemon=True)
+            ours, theirs = self._context.Pipe()
+            where = (rank, self.world, meeting, theirs, self.timeout, self.backend)
+            process = self._context.Process(target=_serve, args=where, daemon=True)
             process.start()
             theirs.close()
             self._processes.append(process)
@@ -77,13 +80,15 @@ class Ranks:
         self._processes, self._pipes = [], []
 
 
-def _serve(rank: int, world: int, meeting: str, pipe: Connection, timeout: float) -> None:
+def _serve(rank: int, world: int, meeting: str, pipe: Connection, timeout: float, backend: str) -> None:
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
     dist.init_process_group(
-        "gloo", init_method=f"file://{meeting}", rank=rank, world_size=world, timeout=timedelta(seconds=timeout)
+        backend, init_method=f"file://{meeting}", rank=rank, world_size=world, timeout=timedelta(seconds=timeout)
     )
     while True:
         try:
