@@ -11,8 +11,8 @@ from torch._dynamo.utils import counters
 from optim import GluonMVR3
 from optim.polar import has_bfloat16_units
 from tests.helpers.device import CUDA, DEVICE, SIZE, distance, filled, gradients, groups, limit, tokens
-from training.batch import micro_batch_size
 from training.config import Config
+from training.inputs import micro_batch_size
 
 pytestmark = limit
 
