@@ -204,7 +204,7 @@ def _meet(timeout: timedelta) -> dist.Store:
     try:
         store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
     except (RuntimeError, ValueError) as error:
-        if "EADDRINUSE" in str(error):
+        if "already in use" in str(error).lower():
             raise UserError(f"MASTER_PORT = {port} is taken; choose another") from None
         raise UserError(f"the ranks can't meet at {host}:{port} ({_first_line(error)})") from None
     return dist.PrefixStore(f"launch{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)

@@ -35,14 +35,15 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._error: str | None = None
         # Distinguishes the files of this launch from half-written ones that a killed launch left.
-        self._launch = ranks.on_first(self._clean)
+        self._launch = ranks.on_first(_name)
+        if ranks.first:
+            self._clean(before=math.inf)
 
-    def _clean(self, before: float = math.inf) -> str:
-        """Remove hidden folders of steps before `before`. Returns a name for this launch."""
+    def _clean(self, before: float) -> None:
+        """Remove hidden folders of steps before `before`."""
         for stale in self._folder.glob(".step_*"):
             if checkpoint.step_of(stale) < before:
                 shutil.rmtree(stale, ignore_errors=True)
-        return uuid.uuid4().hex[:8]
 
     def save(self, model: nn.Module, optimizer: Optimizer, position: Position, config: dict[str, Any]) -> None:
         """Copy the state, and write it while training continues. A collective."""
@@ -132,3 +133,7 @@ class Saver:
             if "error" in sums:
                 raise UserError(sums["error"])
         return sums
+
+
+def _name() -> str:
+    return uuid.uuid4().hex[:8]

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from data.loader import BatchLoader
 from data.shards import write_shard
 from tests.helpers.forked import context, redirect
 
@@ -173,6 +174,10 @@ def free_port() -> int:
     raise AssertionError("no free port")
 
 
+def files_below(*folders: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for folder in folders for path in folder.rglob("*") if path.is_file()}
+
+
 def write_data(folder: Path, vocab: int = 61, tokens: int = 20_000) -> Path:
     """A seeded text in which each token depends on the one before, as two train shards and a val shard."""
     generator = np.random.default_rng(7)
@@ -195,3 +200,33 @@ def data(tmp_path_factory) -> Path:
 def trainer(tmp_path_factory, data) -> Trainer:
     """One trainer per test file, so that tests can share runs."""
     return Trainer(tmp_path_factory.mktemp("results"), data)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(trainer) -> Callable[..., Done]:
+    """A function that gives the undisturbed run with these options, made once."""
+    made = {}
+
+    def run(options: str, ranks: int = 1):
+        if (options, ranks) not in made:
+            made[options, ranks] = trainer.run(f"undisturbed-{len(made)}", options, ranks=ranks).ok()
+        return made[options, ranks]
+
+    return run
+
+
+def at_step(step: int, act: Callable[[], None]) -> None:
+    """Call `act` once, when the batch of this step is requested."""
+    batch = BatchLoader.batch
+
+    def patched(self: BatchLoader, wanted: int):
+        if wanted == step:
+            BatchLoader.batch = batch
+            act()
+        return batch(self, wanted)
+
+    BatchLoader.batch = patched
+
+
+def on_rank(rank: int) -> bool:
+    return os.environ.get("RANK", "0") == str(rank)

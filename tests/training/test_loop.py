@@ -14,8 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import train_gpt
 from model import GPT, GPTConfig
 from tests.helpers.optimizers import ALL, Net, batch, make
-from tests.helpers.train_runs import TINY, data, trainer  # noqa: F401
-from tests.training.test_reliability import at_step, on_rank
+from tests.helpers.train_runs import TINY, at_step, data, on_rank, trainer  # noqa: F401
 from training import numerics
 from training.checkpoint import Position
 from training.config import Config, load_config
