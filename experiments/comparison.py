@@ -14,9 +14,9 @@ from common.files import write_text
 from common.jsons import jsonable
 from common.pictures import COLOURS, INK, LOOK, STYLES, pyplot
 from common.tables import markdown
+from experiments.intervals import BUDGETS, Curve, difference, interval, largest_rise, to_reach
 from experiments.run_jobs import ROOT, Job
-from experiments.statistics import BUDGETS, Curve, difference, interval, largest_rise, to_reach
-from training.curves import curve
+from reading.runs import Run
 from training.optimizers import is_deferred, optimizer_class
 
 CONFIG = "configs/mini_gluon.py"  # the mini scale
@@ -65,7 +65,6 @@ class Comparison:
     steps: Mapping[str, int]
     runs: Path
     records: Path
-    launcher: tuple[str, ...] = ()
 
     @property
     def baseline(self) -> Arm:
@@ -78,7 +77,7 @@ class Comparison:
 
     def job(self, arm: Arm, seed: int) -> Job:
         options = {**arm.options, "steps": self.steps[arm.key], "seed": seed}
-        return Job(self.runs / arm.key / f"seed{seed}", self.records / f"{arm.key}.jsonl", arm.config, options, self.launcher)
+        return Job(self.runs / arm.key / f"seed{seed}", self.records / f"{arm.key}.jsonl", arm.config, options)
 
     def jobs(self) -> list[Job]:
         """The jobs seed by seed, so that an interrupted comparison has complete seeds."""
@@ -90,28 +89,27 @@ class Comparison:
         share = arm.options.get("batch_size", 1) / self.baseline.options.get("batch_size", 1)
         jobs = {seed: self.job(arm, seed) for seed in self.seeds}
         with as_written(self.records / f"{arm.key}.jsonl", "restore it, or remove it to run again"):
-            return {
-                seed: curve_of(job.record(), self.steps[arm.key], share, pace) for seed, job in jobs.items() if job.finished()
-            }
+            runs = {seed: run for seed, job in jobs.items() if job.finished(run := job.read())}
+            return {seed: curve_of(run, self.steps[arm.key], share, pace) for seed, run in runs.items()}
 
 
-def curve_of(record: Mapping[str, Any], steps: int, share: float = 1.0, speed: tuple[float, float] | None = None) -> Curve:
-    """A record's validations up to `steps`. After a divergence the loss is infinite.
+def curve_of(run: Run, steps: int, share: float = 1.0, speed: tuple[float, float] | None = None) -> Curve:
+    """A run's validations up to `steps`. After a divergence the loss is infinite.
 
-    `passes` become the gradients that it took to reach the weights (`to_reach`); in a record of MVR-1, -2 or -3 only its last
-    line counts so. Seconds that were measured in the run stay as they are: before the end they include the step in which the
-    weights were validated.
+    `passes` become the gradients that it took to reach the weights (`to_reach`); in the metrics of MVR-1, -2 or -3 only the
+    last line counts so. Seconds that were measured in the run stay as they are: before the end they include the step in which
+    the weights were validated.
 
     `share`: this run's batch over the baseline's, which is the weight of one gradient. `speed`: calibrated seconds of a
     gradient of the baseline, and of an update of this run without its gradients.
     """
-    points, config = [point for point in curve(record["metrics"]) if point["update"] <= steps], record["config"]
-    if is_deferred(optimizer_class(config["optimizer"])):
+    points = [point for point in run.curve() if point["update"] <= steps]
+    if is_deferred(optimizer_class(run.config["optimizer"])):
         points = [
-            point if _at_the_end(point, config) else point | {"passes": to_reach(point["update"], point["passes"])}
+            point if _at_the_end(point, run.config) else point | {"passes": to_reach(point["update"], point["passes"])}
             for point in points
         ]
-    if "diverged" in record:
+    if run.diverged is not None:
         last = points[-1] if points else {"update": 0, "passes": 0, "seconds": 0.0}
         passes = last["passes"] / last["update"] if last["update"] else 1.0
         points.append({"update": steps, "passes": passes * steps, "seconds": math.inf, "val_loss": math.inf})
@@ -206,7 +204,7 @@ def body(comparison: Comparison, speed: Mapping[str, Any] | None, picture: str, 
     """A comparison as Markdown: table, notes, how it was made, picture."""
     rows = compare(comparison, speed)
     seeds = ", ".join(map(str, sorted({seed for row in rows for seed in row["seeds"]})))
-    machine = next((job.record()["environment"] for job in comparison.jobs() if job.finished()), {})
+    machine = next((run.environment for job in comparison.jobs() if job.finished(run := job.read()) and run), {})
     if len({len(row["seeds"]) for row in rows}) > 1:
         seeds += " (a row with fewer has the first of these)"
     made = (

@@ -2,7 +2,7 @@
 
     python -m experiments.figures --figure 3 --scale mini --jobs 2     two cores
     python -m experiments.figures --figure 1 --dry-run                 what would run at full size, and how long it takes
-    python -m experiments.figures --figure 1                           GPUs and FineWeb
+    python -m experiments.figures --figure 1                           a GPU and FineWeb
     python -m experiments.figures --figure 4 --scale mini --plot-only  draw again, from the packed records
 
 The protocol is the paper's: the baseline is Gluon at its recipe (β = 0.9, one constant lr), the variant runs at the same lr,
@@ -15,8 +15,9 @@ q = 0.5 and α = 0.8, in both readings of α. Where a caption gives no β or q, 
 Differences are paired by seed, with 95% intervals (Student's t). At mini scale the baseline of figures 1 to 3 runs twice as
 long, so that the end of a variant's run can be compared with Gluon at equal gradients.
 
-Runs go to runs/figures/, and their records to results/figures/. Mini seconds are calibrated (experiments.calibrate).
-Everything after `--` goes to train_gpt.py.
+Runs go to runs/figures/, and what they measured is packed in results/figures/. Mini seconds are calibrated
+(experiments.calibrate). Everything after `--` goes to train_gpt.py. A run takes one GPU. To give it several, start the commands
+that --dry-run prints with torchrun in place of python; then this command finds the runs done, packs them and draws.
 """
 
 import sys
@@ -40,9 +41,9 @@ from experiments.comparison import (
     study_parser,
     write,
 )
-from experiments.run_jobs import GOES_ON, ROOT, run_all, words_of
+from experiments.intervals import difference
+from experiments.run_jobs import CONTINUES, ROOT, run_all, words_of
 from experiments.setup import evaluations
-from experiments.statistics import difference
 from training.config import Config, load_config
 from training.metrics import PEAK_FLOPS
 
@@ -98,9 +99,9 @@ def plan(number: int, scale: str, seeds: int, steps: int | None, folders: Folder
     figure = FIGURES[number]
     batch = figure.batch[scale]
     if scale == "mini":
-        common, config, launcher = {"lr": LR, "batch_size": batch}, CONFIG, ()
+        common, config = {"lr": LR, "batch_size": batch}, CONFIG
     else:
-        common, config, launcher = {}, f"configs/gluon_b{batch}.py", _torchrun()
+        common, config = {}, f"configs/gluon_b{batch}.py"
     length = steps or (figure.steps if scale == "mini" else load_config(["--config", str(ROOT / config)]).steps)
     arms = tuple(
         _with(replace(arm, options={**arm.options, **common}, config=config), extra) for arm in (GLUON, *figure.variants)
@@ -110,21 +111,13 @@ def plan(number: int, scale: str, seeds: int, steps: int | None, folders: Folder
         lengths["gluon"] = min(length * figure.baseline_steps // figure.steps, TEXT_STEPS[batch])
     place = Path("figures") / scale / f"b{batch}"
     title = f"{figure.title}, {scale} scale"
-    return Comparison(title, arms, tuple(range(seeds)), lengths, folders.runs / place, folders.results / place, launcher)
+    return Comparison(title, arms, tuple(range(seeds)), lengths, folders.runs / place, folders.results / place)
 
 
 def _with(arm: Arm, extra: Mapping[str, str]) -> Arm:
     """The arm with more options, as train_gpt.py reads them. Raises UserError if it refuses them."""
     config = config_of(replace(arm, options={**arm.options, **extra}), 1)
     return replace(arm, options={**arm.options, **{name: getattr(config, name) for name in extra}})
-
-
-def _torchrun() -> tuple[str, ...]:
-    """The command in front of train_gpt.py that starts it on this machine's GPUs."""
-    import torch
-
-    count = torch.cuda.device_count()
-    return (sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={count}") if count > 1 else ()
 
 
 # What it costs --------------------------------------------------------------------------------------------------------
@@ -285,5 +278,5 @@ def _need_gpu() -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors("experiments.figures", interrupted=GOES_ON):
+    with one_line_errors("experiments.figures", interrupted=CONTINUES):
         main(sys.argv[1:])

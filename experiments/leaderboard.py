@@ -14,7 +14,7 @@ from common.tables import markdown
 from experiments import figures, sweep
 from experiments.comparison import RESULTS, RUNS, compare, read_speed, replace_section, section
 from experiments.figures import FIGURES, Folders
-from experiments.statistics import BUDGETS
+from experiments.intervals import BUDGETS
 
 NOT_RUN = "Not run yet: `{}`."
 COMMAND = "python -m experiments.sweep --evaluate"

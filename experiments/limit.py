@@ -20,8 +20,8 @@ from common.pictures import COLOURS, INK, LOOK, pyplot
 from common.tables import markdown
 from experiments.comparison import Arm, Comparison, study_parser
 from experiments.figures import GLUON, LR, MVR1, Folders
-from experiments.run_jobs import GOES_ON, run_all
-from experiments.statistics import difference, interval
+from experiments.intervals import difference, interval
+from experiments.run_jobs import CONTINUES, run_all
 
 TITLE = "The limit of a perfect correction"
 BATCH, STEPS = 8, 300
@@ -106,5 +106,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors("experiments.limit", interrupted=GOES_ON):
+    with one_line_errors("experiments.limit", interrupted=CONTINUES):
         main(sys.argv[1:])

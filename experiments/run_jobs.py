@@ -1,7 +1,7 @@
-"""Starts or resumes runs of train_gpt.py, a few at a time and each in its own process, and packs their records.
+"""Starts or resumes runs, a few at a time and each in a process of its own, and packs them.
 
-A run writes to runs/, which is not kept. Its measurements are packed: one file per arm of a study, one line of JSON per run,
-with the run's name, config, environment and metrics. A packed run counts as done, so a study can continue without runs/.
+A run writes to runs/, which is not kept. Its measurements are packed: one file per arm of a study, one line of JSON per run
+(reading/runs.py). A packed run counts as done, so a study can continue without runs/.
 """
 
 import json
@@ -10,119 +10,99 @@ import multiprocessing
 import multiprocessing.connection
 import multiprocessing.forkserver
 import os
-import runpy
 import shlex
 import signal
-import sys
-import tempfile
 import threading
 import time
-from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError
+from common.errors import Diverged, UserError
 from common.files import write_text
-from common.jsons import jsonable
-from training.curves import curve, read_config, read_metrics, read_packed
+from reading.runs import Run, read_packed, read_run, write_packed
+from training.config import Config, load_config
 
 ROOT = Path(__file__).resolve().parent.parent
-GOES_ON = "stopped; the same command goes on from here"
+CONTINUES = "stopped; the same command continues"
 
 # Options that may change without making it another run.
 _FREE = {"steps", "val_every", "log_every", "checkpoint_every", "keep_checkpoints", "data_dir", "device"}
-_ENVIRONMENT = ("time", "platform", "device", "cores", "threads", "python", "torch", "cuda", "revision")
-
-Record = dict[str, Any]
+_ENVIRONMENT = ("time", "platform", "device", "cores", "threads", "python", "torch", "cuda", "revision")  # what is packed
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run: its folder, the file that holds its packed record, its config file, and the options that override it."""
+    """One run: its folder, the file that it is packed into, its config file, and the options that override it."""
 
     folder: Path
     packed: Path
     config: str
     options: dict[str, Any] = field(default_factory=dict)
-    launcher: tuple[str, ...] = ()  # before train_gpt.py; default: this Python
 
     @property
     def steps(self) -> int:
         return int(self.options["steps"])
 
     @property
-    def command(self) -> list[str]:
-        """The command, with paths inside the repository relative to it."""
-        options = {
-            "results_dir": relative(self.folder.parent),
-            "run_name": self.folder.name,
-            **self.options,
-        }
-        first = [*(self.launcher or (sys.executable,)), "train_gpt.py", f"--config={self.config}", "--resume=auto"]
-        return [*first, *words_of(options)]
+    def words(self) -> list[str]:
+        """The options as a command line, with paths inside the repository relative to it."""
+        place = {"results_dir": relative(self.folder.parent), "run_name": self.folder.name}
+        return [f"--config={self.config}", "--resume=auto", *words_of({**place, **self.options})]
 
     @property
     def line(self) -> str:
-        """The command as typed in a shell."""
-        return f"python {shlex.join(self.command[1:])}"
+        """The command of this run as typed in a shell."""
+        return shlex.join(["python", "train_gpt.py", *self.words])
 
-    def record(self) -> Record | None:
-        """The packed record of this run or the folder's, whichever is further on; None if there is neither."""
-        packed, here = packed_records(self.packed).get(self.folder.name), self._of_folder()
-        return max((r for r in (packed, here) if r is not None), key=_reached, default=None)
+    def load(self) -> Config:
+        """The run's full configuration. Raises UserError for a mistake in it."""
+        return load_config([f"--config={ROOT / self.config}", *self.words[1:]])
 
-    def _of_folder(self) -> Record | None:
-        if not (self.folder / "metrics.jsonl").exists():
-            return None
-        record = {
-            "run": self.folder.name,
-            "config": read_config(self.folder),
-            "environment": _environment_of(self.folder),
-            "metrics": read_metrics(self.folder),
-        }
-        diverged = self.folder / "diverged.txt"
-        return record | ({"diverged": diverged.read_text().strip()} if diverged.exists() else {})
+    def read(self) -> Run | None:
+        """The packed run or the folder's, whichever is further on; None if there is neither."""
+        packed = read_packed(self.packed).get(self.folder.name) if self.packed.exists() else None
+        here = read_run(self.folder) if (self.folder / "metrics.jsonl").exists() else None
+        return max((run for run in (packed, here) if run is not None), key=_reached, default=None)
 
-    def changed(self) -> str:
+    def changed(self, run: Run | None) -> str:
         """A message that names a setting that differs from the one this run was started with; empty if there is none."""
-        saved = (self.record() or {}).get("config", {})
+        saved = run.config if run is not None else {}
         for name in sorted(self.options.keys() & saved.keys() - _FREE):
             if not _same(saved[name], self.options[name]):
                 was, now = saved[name], self.options[name]
                 return f"{relative(self.folder)} was run with {name} = {was}, not {now}; remove its record to run it again"
         return ""
 
-    def state(self) -> str:
+    def state(self, run: Run | None) -> str:
         """`done`, `diverged`, `begun` or `new`."""
-        record = self.record()
-        if record is None:
+        if run is None:
             return "new"
-        if "diverged" in record:
+        if run.diverged is not None:
             return "diverged"
-        return "begun" if math.isnan(self._loss_in(record, self.steps)) else "done"
+        return "begun" if math.isnan(self.loss_at(run, self.steps)) else "done"
 
-    def loss_at(self, update: int) -> float:
+    def loss_at(self, run: Run | None, update: int) -> float:
         """The validation loss at an update; infinite if the run diverged, nan if it is not that far yet.
 
         Raises UserError if the run went past the update without a validation.
         """
-        record = self.record()
-        return math.nan if record is None else self._loss_in(record, update)
-
-    def _loss_in(self, record: Record, update: int) -> float:
-        found = {point["update"]: point["val_loss"] for point in curve(record["metrics"])}
+        if run is None:
+            return math.nan
+        found = {point["update"]: point["val_loss"] for point in run.curve()}
         if update in found:
             return found[update] if math.isfinite(found[update]) else math.inf
-        if "diverged" in record:
+        if run.diverged is not None:
             return math.inf
-        if _reached(record) > update:
+        if _reached(run) > update:
             raise UserError(f"{relative(self.folder)} was not validated at update {update}; choose other --steps")
         return math.nan
 
-    def finished(self) -> bool:
-        return self.state() in ("done", "diverged")
+    def finished(self, run: Run | None) -> bool:
+        return self.state(run) in ("done", "diverged")
 
 
 def words_of(options: Mapping[str, Any]) -> list[str]:
@@ -148,116 +128,146 @@ def relative(path: Path) -> str:
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
 
 
-def packed_records(path: Path) -> dict[str, Record]:
-    """The records in a packed file, by the name of the run; empty if there is no such file."""
-    return {record["run"]: record for record in read_packed(path)} if path.exists() else {}
+def _reached(run: Run) -> float:
+    """The update of the last validation; infinite for a run that diverged."""
+    points = run.curve()
+    return math.inf if run.diverged is not None else points[-1]["update"] if points else -1
+
+
+def plan_of(jobs: Iterable[Job]) -> str:
+    """The jobs, a line each: the state and the command."""
+    return "\n".join(f"{job.state(job.read()):8} {job.line}" for job in jobs)
 
 
 def pack(jobs: Iterable[Job]) -> None:
-    """Write the records of finished runs into their packed files. Other runs in the files stay."""
-    files: dict[Path, list[Job]] = {}
+    """Write finished runs into their packed files. Other runs in the files stay."""
+    files: dict[Path, dict[str, Run]] = {}
     for job in jobs:
-        files.setdefault(job.packed, []).append(job)
-    for path, members in files.items():
-        path.parent.mkdir(parents=True, exist_ok=True)  # before the first run, in case it fails
-        before = packed_records(path)
-        after = before | {job.folder.name: job.record() for job in members if job.finished()}
-        if after == before:
-            continue
-        lines = [json.dumps(jsonable(record), ensure_ascii=False) + "\n" for _, record in sorted(after.items())]
-        write_text(path, "".join(lines))
+        job.packed.parent.mkdir(parents=True, exist_ok=True)  # before the first run, in case it fails
+        run, finished = job.read(), files.setdefault(job.packed, {})
+        if run is not None and not run.packed and job.finished(run):
+            kept = {name: run.environment[name] for name in _ENVIRONMENT if name in run.environment}
+            finished[job.folder.name] = replace(run, name=job.folder.name, environment=kept)
+    for path, finished in files.items():
+        if finished:
+            before = read_packed(path) if path.exists() else {}
+            write_packed(path, [*({**before, **finished}).values()])
+
+
+# The processes --------------------------------------------------------------------------------------------------------
 
 
 def run_all(jobs: list[Job], at_once: int) -> None:
     """Run the jobs that are not finished, `at_once` at a time, in the order given, and pack each when it is.
 
-    An interruption stops the runs; the next call resumes them. A loss that is not finite ends a run as `diverged`. Any other
-    failure stops all runs and raises a UserError.
+    An interruption stops the runs, which write a checkpoint first; the next call resumes them. A run whose loss is not finite
+    ends as `diverged`. Any other failure stops all runs and raises a UserError.
     """
-    if wrong := next(filter(None, (job.changed() for job in jobs)), ""):
+    found = [(job, job.read()) for job in jobs]
+    if wrong := next(filter(None, (job.changed(run) for job, run in found)), ""):
         raise UserError(wrong)
-    waiting = [job for job in jobs if not job.finished()]
+    waiting = [job for job, run in found if not job.finished(run)]
     print(f"{len(jobs)} runs: {len(jobs) - len(waiting)} done, {len(waiting)} to run", flush=True)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    forkserver = multiprocessing.get_context("forkserver")
-    forkserver.set_forkserver_preload(["train_gpt", "torch._dynamo"])  # importing them takes as long as 100 updates
-    running: set[multiprocessing.process.BaseProcess] = set()
-    failed, packing, starting = threading.Event(), threading.Lock(), threading.Lock()
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: the runs are stopped too
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server inherits this; SIGTERM stops its runs
-        multiprocessing.forkserver.ensure_running()
-        signal.signal(signal.SIGINT, before)
-
-    def work(job: Job) -> None:
-        if failed.is_set():
-            return
-        started = time.monotonic()
-        with tempfile.NamedTemporaryFile("r") as errors:
-            process = forkserver.Process(target=_train, args=(job.command, errors.name))
-            with starting:
-                process.start()
-            running.add(process)
-            if failed.is_set():  # the first start waits for the server's imports, and another run may have failed by then
-                process.terminate()
-            try:
-                multiprocessing.connection.wait([process.sentinel])
-                with starting:  # start() also asks which processes have ended, and an exit code can be read only once
-                    process.join()
-            finally:
-                running.discard(process)
-            if failed.is_set():
-                return
-            lines = errors.read().strip().splitlines()
-        last = lines[-1] if lines else "no message"
-        if process.exitcode and _diverged(last):
-            (job.folder / "diverged.txt").write_text(last.removeprefix("train_gpt: ") + "\n")
-        elif process.exitcode:
-            failed.set()
-            raise UserError(f"{relative(job.folder)} failed: {last}")
-        state = job.state()
-        loss = f"{curve(job.record()['metrics'])[-1]['val_loss']:.4f}" if state == "done" else state
-        with packing:
-            pack([job])
-        print(f"  {relative(job.folder)}   {loss}   {time.monotonic() - started:.0f} s", flush=True)
-
     pack(jobs)
-    with ThreadPoolExecutor(max_workers=at_once) as pool:
-        try:
-            for future in [pool.submit(work, job) for job in waiting]:
-                future.result()
-        except BaseException:
-            failed.set()
-            for process in list(running):
-                process.terminate()  # train_gpt.py writes a checkpoint first
-            raise
+    if not waiting:
+        return
+    configs = [job.load() for job in waiting]
+    with _processes(min(at_once, len(waiting))) as pool:
+        started = {pool.submit(_train, config): job for job, config in zip(waiting, configs, strict=True)}
+        for future in as_completed(started):
+            _settle(started[future], future)
 
 
-def _reached(record: Record) -> float:
-    """The update of the last validation; infinite for a run that diverged."""
-    points = curve(record["metrics"])
-    return float("inf") if "diverged" in record else points[-1]["update"] if points else -1
-
-
-def _environment_of(folder: Path) -> dict[str, Any]:
-    """The part of the last launch's environment that is kept."""
+@contextmanager
+def _processes(count: int) -> Iterator[ProcessPoolExecutor]:
+    """A pool of processes that train. If the block raises, they stop: a run that has begun writes a checkpoint first."""
+    # A process that has asked for CUDA must not be forked, so a server that has not is.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train_gpt", "torch._dynamo"])  # importing them takes as long as 100 updates
+    in_main, before = threading.current_thread() is threading.main_thread(), {}
+    if in_main:
+        before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server inherits it
+        multiprocessing.forkserver.ensure_running()
+        signal.signal(signal.SIGINT, before[signal.SIGINT])
+        before[signal.SIGTERM] = signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C
+    stopping, others = context.Event(), set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(count, context, _begin, (stopping,))
     try:
-        last = json.loads((folder / "environment.json").read_text())[-1]
-    except (OSError, ValueError, IndexError):
-        return {}
-    return {name: last[name] for name in _ENVIRONMENT if name in last}
+        yield pool
+    except BaseException:
+        stopping.set()
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in set(multiprocessing.active_children()) - others:
+            process.terminate()
+        raise
+    finally:
+        pool.shutdown()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def _diverged(message: str) -> bool:
-    return message.startswith("train_gpt: ") and any(word in message for word in (" is nan", " is inf", "not finite"))
+def _settle(job: Job, future: Future[tuple[float, str]]) -> None:
+    """Pack a run that has ended, and print its result. Raises UserError if it failed."""
+    name = relative(job.folder)
+    try:
+        seconds, failure = future.result()
+    except BrokenExecutor:
+        raise UserError("a run was killed, perhaps because memory ran out; choose fewer --jobs") from None
+    if failure:
+        raise UserError(f"{name} failed: {failure}")
+    pack([job])
+    run = job.read()
+    state = job.state(run)
+    if state not in ("done", "diverged"):
+        raise UserError(f"{name} was stopped; the same command continues")
+    loss = f"{job.loss_at(run, job.steps):.4f}" if state == "done" else state
+    print(f"  {name}   {loss}   {seconds:.0f} s", flush=True)
 
 
-def _train(command: list[str], errors: str) -> None:
-    """Run `command` in this process, with its stderr in the file `errors`."""
+# In a process of the pool ---------------------------------------------------------------------------------------------
+
+_stopping: Any = None  # an event that says that no more runs are wanted
+
+
+def _begin(stopping: Any) -> None:
+    """Make this process ready for runs: quiet, with one thread, and no longer alive than its parent."""
+    global _stopping
+    import torch
+    from tqdm import tqdm
+
+    _stopping = stopping
     os.chdir(ROOT)
-    for name, stream in ((os.devnull, 1), (errors, 2)):
-        os.dup2(os.open(name, os.O_WRONLY), stream)
-    if command[1] != "train_gpt.py":
-        os.execv(command[0], command)  # a launcher of several ranks
-    sys.argv = command[1:]
-    runpy.run_path("train_gpt.py", run_name="__main__")
+    torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # the default is a semaphore of the system, which would outlive a process that is killed
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(nowhere, stream)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
+    _stopping.set()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _train(config: Config) -> tuple[float, str]:
+    """One run. Returns its seconds and, if it failed, how. A run that diverges is no failure; it says so in diverged.txt."""
+    if _stopping.is_set():
+        os._exit(0)
+    from train_gpt import train
+
+    began, failure = time.monotonic(), ""
+    try:
+        train(config)
+    except Diverged as error:
+        write_text(Path(config.results_dir) / config.run_name / "diverged.txt", f"{error}\n")
+    except UserError as error:
+        failure = str(error)
+    except Exception as error:  # such as one of a user's optimizer
+        failure = " ".join(f"{type(error).__name__}: {error}".split())
+    if _stopping.is_set():  # after a stop the pool may wait for this process, which would wait for the next run
+        os._exit(0)
+    return time.monotonic() - began, failure

@@ -35,7 +35,8 @@ from common.jsons import jsonable
 from common.tables import markdown
 from experiments.comparison import CONFIG, Arm, Comparison, read_speed, study_parser, write
 from experiments.figures import LR, Folders
-from experiments.run_jobs import GOES_ON, ROOT, Job, packed_records, run_all
+from experiments.run_jobs import CONTINUES, ROOT, Job, plan_of, run_all
+from reading.runs import read_packed
 from training.config import load_config
 from training.optimizers import accepted, optimizer_class
 
@@ -106,10 +107,10 @@ def methods_of(folders: Folders) -> dict[str, Method]:
     """METHODS and the classes that were tuned before, rebuilt from the record of their first trial; by folder."""
     found = dict(METHODS)
     for path in sorted((folders.results / "sweep").glob("*.jsonl")):
-        recipe = packed_records(path).get("trial00") if path.stem not in METHODS else None
+        recipe = read_packed(path).get("trial00") if path.stem not in METHODS else None
         with as_written(path, "restore it, or remove it to tune again"):
-            if recipe and ":" in (name := recipe["config"]["optimizer"]):
-                found[path.stem] = own_method(name, recipe["config"]["lr"], json.dumps(recipe["config"]["optimizer_options"]))
+            if recipe and ":" in (name := recipe.config["optimizer"]):
+                found[path.stem] = own_method(name, recipe.config["lr"], json.dumps(recipe.config["optimizer_options"]))
     return found
 
 
@@ -157,7 +158,7 @@ def rungs_of(folders: Folders, name: str, method: Method, length: int) -> list[l
     for steps, kept in zip((length // 4, length // 2, length), SURVIVORS, strict=True):
         going = going[:kept]
         jobs = {i: job_of(folders, name, method, i, steps, length) for i in going}
-        scores = {i: jobs[i].loss_at(steps) for i in going}
+        scores = {i: jobs[i].loss_at(jobs[i].read(), steps) for i in going}
         rungs.append([(jobs[i], scores[i]) for i in going])
         if any(map(math.isnan, scores.values())):
             break
@@ -258,7 +259,7 @@ def main(argv: list[str]) -> None:
             known = [rungs_of(folders, name, method, length) for name, method in methods.items()]
             jobs = [job for rungs in known for job, _ in (rungs[rung] if len(rungs) > rung else [])]
             if arguments.plan:
-                print("\n".join(f"{job.state():8} {job.line}" for job in jobs))
+                print(plan_of(jobs))
             else:
                 run_all(jobs, arguments.jobs)
     finally:
@@ -297,7 +298,7 @@ def _evaluate(folders: Folders, methods: Mapping[str, Method], arguments: argpar
         raise UserError(f"{min(missing)} is not tuned yet; leave out --evaluate first")
     jobs = [job for job in comparison.jobs() if job.folder.parent.name in methods]
     if arguments.plan:
-        print("\n".join(f"{job.state():8} {job.line}" for job in jobs))
+        print(plan_of(jobs))
         return
     run_all(jobs, arguments.jobs)
     if not comparison.curves(comparison.baseline):
@@ -308,5 +309,5 @@ def _evaluate(folders: Folders, methods: Mapping[str, Method], arguments: argpar
 
 
 if __name__ == "__main__":
-    with one_line_errors("experiments.sweep", interrupted=GOES_ON):
+    with one_line_errors("experiments.sweep", interrupted=CONTINUES):
         main(sys.argv[1:])

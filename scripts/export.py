@@ -21,8 +21,8 @@ from safetensors.torch import save
 
 from common.errors import Parser, UserError, one_line_errors
 from data.tokenize_text import installed_vocabulary
-from training.curves import finite, read_metrics
-from training.load_model import Trained, load_trained
+from reading.runs import read_run
+from reading.trained import Trained, load_trained
 
 CODE = Path(__file__).with_name("huggingface") / "modeling_gluon_gpt.py"
 END = "<|endoftext|>"
@@ -141,7 +141,7 @@ def card(trained: Trained, folder: str) -> str:
     """The model card."""
     result = ""
     run = trained.weights.parent
-    if (run / "metrics.jsonl").is_file() and (losses := finite(read_metrics(run))):
+    if (run / "metrics.jsonl").is_file() and (losses := read_run(run).finite()):
         last = losses[-1]
         result = f" for {last['update']:,} updates to a validation loss of {last['val_loss']:.4f} nats a token"
     return _CARD.format(

@@ -19,8 +19,8 @@ from torch import Tensor
 from common.errors import Parser, UserError, one_line_errors
 from data.tokenize_text import load_encoder
 from model import GPT, Cache
-from training.curves import finite, read_metrics
-from training.load_model import load_trained
+from reading.runs import read_run
+from reading.trained import load_trained
 from training.ranks import choose_device
 
 
@@ -76,7 +76,7 @@ def best_run(runs: list[Path]) -> Path:
         return runs[0]
     losses = {}
     for run in runs:
-        validations = finite(read_metrics(run))
+        validations = read_run(run).finite()
         losses[run] = validations[-1]["val_loss"] if validations else math.inf
     best = min(losses, key=losses.get)
     if losses[best] == math.inf:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
-from scripts.compare import MOST_POINTS, group_by_seed, main, page_data, read_run, tables
+from scripts.compare import MOST_POINTS, main, page_data, read_groups, tables
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = {"optimizer": "gluon", "lr": 0.01, "steps": 100, "seed": 0}
@@ -33,7 +33,7 @@ def write_run(folder, end=2.0, passes=1, updates=100, every=10, **config):
 
 
 def groups_of(*folders):
-    return group_by_seed([read_run(folder) for folder in folders])
+    return read_groups(folders)
 
 
 @pytest.fixture

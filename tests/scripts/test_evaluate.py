@@ -11,9 +11,9 @@ import torch
 from common.errors import UserError
 from data.shards import Manifest, shard_info, write_manifest, write_shard
 from data.tokenize_text import load_encoder, tokenize_documents
+from reading.trained import load_trained
 from scripts.evaluate import Score, main
 from tests.helpers.trained import random_model, write_run
-from training.load_model import load_trained
 
 TEXT = "Größe, and a line.\nAnother one with ten words in it, or so.\n"  # 62 bytes
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
-from scripts import plot
+from scripts import compare, plot
+from scripts.compare import y_limits
 
 matplotlib = pytest.importorskip("matplotlib")
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,44 +42,14 @@ def curve(end: float, gradients: int = 1, count: int = 11) -> list[str]:
     return [validation(20 * i, end + 4 * math.exp(-i), gradients) for i in range(count)]
 
 
-def test_reads_only_validations(run_folder):
-    run = plot.read_run(run_folder("a", train(1), validation(0, 5.0), train(2), "", validation(10, 4.0, 2)))
-    assert (run.name, run.update, run.passes, run.seconds, run.val_loss) == ("a", [0, 10], [0, 20], [0, 5], [5, 4])
-
-
-def test_both_losses_in_one_line(run_folder):
-    record = {**json.loads(validation(3, 2.0)), "train_loss": 1.0}
-    assert plot.read_run(run_folder("a", json.dumps(record))).val_loss == [2.0]
-
-
-@pytest.mark.parametrize("cut", [1, 10, 40, -1])
-def test_torn_last_line(run_folder, cut):
-    run = plot.read_run(run_folder("a", validation(0, 5.0), validation(10, 4.0)[:cut]))
-    assert run.val_loss == [5.0]
-
-
-def test_a_repeated_update_counts_once_the_last_time(run_folder):
-    run = plot.read_run(run_folder("a", validation(0, 5.0), validation(20, 3.0), validation(10, 4.0), validation(20, 2.0)))
-    assert (run.update, run.val_loss) == ([0, 10, 20], [5.0, 4.0, 2.0])
-
-
-@pytest.mark.parametrize(
-    "config, name",
-    [('{"run_name": "b"}', "b"), ("{}", "a"), ("[]", "a"), ("{", "a"), ('{"run_name": 3}', "a"), (None, "a")],
-)
-def test_name(run_folder, config, name):
-    assert plot.read_run(run_folder("a", validation(0, 5.0), config=config)).name == name
-
-
-def test_limits_show_the_end(run_folder):
-    good = plot.read_run(run_folder("a", *[validation(i, 16 if i == 0 else 3 + 1 / i) for i in range(101)]))
-    low, high = plot.y_limits([good])
+def test_limits_show_the_end():
+    good = [(i, 16 if i == 0 else 3 + 1 / i) for i in range(101)]
+    low, high = y_limits([good])
     assert low < 3.01 < 3.05 < high < 3.1  # from update 20 on: 3.05 to 3.01
-    diverged = plot.read_run(run_folder("b", *[validation(i, 3.2 if i < 50 else 1e9) for i in range(101)]))
-    low, high = plot.y_limits([good, diverged])
+    low, high = y_limits([good, [(i, 3.2 if i < 50 else 1e9) for i in range(101)]])
     assert low < 3.01 < high < 3.5
-    late = plot.read_run(run_folder("c", validation(0, 5.0), validation(1, 4.0), validation(100, math.nan)))
-    assert plot.y_limits([late])[1] > 5.0
+    assert y_limits([[(0, 5.0), (1, 4.0), (100, math.nan)]])[1] > 5.0
+    assert y_limits([[(0, math.nan)]]) == (None, None)
 
 
 def size(path: Path) -> tuple[int, int]:
@@ -95,8 +66,8 @@ def test_draws_and_prints(run_folder, tmp_path, capsys):
     assert width > 1.5 * height > 500
     lines = capsys.readouterr().out.splitlines()
     assert len({len(line) for line in lines[:10]}) == 1  # aligned
-    assert lines[0].split() == ["run", "val", "loss", "updates", "gradients", "seconds"]
-    assert lines[2].split() == ["run1", "1.9002", "200", "400", "100.0"]
+    assert lines[0].split()[:5] == ["run", "final", "best", "updates", "gradients"]
+    assert lines[2].split()[:6] == ["run1", "1.9002", "1.9002", "at", "200", "200"]
     assert lines[-1] == str(out)
 
 
@@ -116,7 +87,20 @@ def test_draws_odd_names_and_single_points(run_folder, tmp_path, name, recwarn):
 def test_runs_of_one_name_are_told_apart(run_folder, tmp_path, capsys):
     runs = [run_folder(name, *curve(2.0), config='{"run_name": "same"}') for name in "ab"]
     plot.main([*map(str, runs), "--out", str(tmp_path / "x.png")])
-    assert all(str(run) in capsys.readouterr().out for run in runs[:1])
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:3]] == ["a", "b"]
+
+
+def test_seeds_are_one_line_with_a_band(run_folder, tmp_path):
+    """The picture of `compare --png` is that of `plot`; the legend has the mean over the seeds."""
+    runs = [run_folder(f"g_seed{i}", *curve(2.0 + i), config=json.dumps({"lr": 0.1, "seed": i})) for i in range(2)]
+    png, svg = tmp_path / "x.png", tmp_path / "x.svg"
+    compare.main([*map(str, runs), "--out", str(tmp_path / "x.html"), "--png", str(png)])
+    assert size(png) and (tmp_path / "x.html").exists()
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        plot.main([*map(str, runs), "--out", str(svg)])
+    assert "g  (2.500)" in svg.read_text() and "FillBetweenPolyCollection" in svg.read_text()
+    with pytest.raises(UserError, match=r"--png x.html must be a file that ends in"):
+        compare.main([str(runs[0]), "--png", "x.html"])
 
 
 WRONG_METRICS = [
@@ -135,7 +119,7 @@ WRONG_METRICS = [
 @pytest.mark.parametrize("lines, expected", WRONG_METRICS, ids=[expected for _, expected in WRONG_METRICS])
 def test_wrong_metrics(run_folder, lines, expected):
     with pytest.raises(UserError) as caught:
-        plot.read_run(run_folder("a", *lines))
+        compare.read_groups([run_folder("a", *lines)])
     message = str(caught.value)
     assert all(word in message for word in expected.split()) and len(message.splitlines()) == 1
 
@@ -161,20 +145,17 @@ def test_wrong_command_lines(run_folder, tmp_path):
 
 
 def test_packed_runs(tmp_path, capsys):
-    """FILE stands for all runs in it, FILE/NAME for one."""
+    """A packed file stands for all runs in it."""
     metrics = [[json.loads(line) for line in curve(end)] for end in (2.0, 1.0)]
     metrics[1][3]["val_loss"] = None  # it was not finite
     packed = tmp_path / "arm.jsonl"
-    runs = [{"run": f"seed{i}", "config": {"seed": i}, "environment": {}, "metrics": lines} for i, lines in enumerate(metrics)]
+    runs = [{"run": f"seed{i}", "config": {"lr": i}, "environment": {}, "metrics": lines} for i, lines in enumerate(metrics)]
     packed.write_text("\n".join(map(json.dumps, runs)) + "\n")
     plot.main([str(packed), "--out", str(tmp_path / "x.png")])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:3] for line in lines[1:3]] == [["arm", "seed0", "2.0002"], ["arm", "seed1", "1.0002"]]
-    assert math.isnan(plot.read_run(packed / "seed1").val_loss[3])
-    with pytest.raises(UserError, match=r"arm\.jsonl has no run seed2"):
-        plot.read_run(packed / "seed2")
-    packed.write_text("")
-    with pytest.raises(UserError, match=r"arm\.jsonl is empty"):
+    with pytest.raises(UserError, match=r"arm\.jsonl, seed2 has no finite val_loss yet"):
+        packed.write_text(json.dumps(runs[0] | {"run": "seed2", "metrics": []}) + "\n")
         plot.main([str(packed), "--out", str(tmp_path / "x.png")])
 
 

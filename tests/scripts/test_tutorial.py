@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "tutorial.md").read_text()
-PARTS = ("common", "configs", "data", "model.py", "optim", "scripts", "train_gpt.py", "training")
+PARTS = ("common", "configs", "data", "model.py", "optim", "reading", "scripts", "train_gpt.py", "training")
 
 
 @pytest.mark.slow

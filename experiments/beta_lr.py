@@ -1,8 +1,8 @@
 """Where does the correction pay? Maps the loss of MVR-1 and MVR-2 minus Gluon's over lr and the weight of the new gradient.
 
-    python -m experiments.map --plan              what would run, and for how long
-    python -m experiments.map --jobs 2            run or resume, measure the noise, draw; about 1.5 hours of one core
-    python -m experiments.map --plot-only         draw again, from the packed records
+    python -m experiments.beta_lr --plan              what would run, and for how long
+    python -m experiments.beta_lr --jobs 2            run or resume, measure the noise, draw; about 1.5 hours of one core
+    python -m experiments.beta_lr --plot-only         draw again, from the packed records
 
 MVR-1 (γ = 1) runs over (lr, β) and is compared with Gluon at the same lr and β. MVR-2 runs over (lr, q) at β = 0.9 and is
 compared with Gluon at that lr and β = 0.9. Both maps show two horizons, a fifth of the run and its end; the lr is constant, so
@@ -28,10 +28,10 @@ from common.pictures import INK, LOOK, pyplot
 from common.tables import markdown
 from experiments.comparison import CONFIG, study_parser
 from experiments.figures import ASSUMED_TOKENS, Folders, duration
+from experiments.intervals import interval
 from experiments.noise import noise_ratio
-from experiments.run_jobs import GOES_ON, ROOT, Job, run_all
+from experiments.run_jobs import CONTINUES, ROOT, Job, plan_of, run_all
 from experiments.setup import evaluations
-from experiments.statistics import interval
 from training.config import load_config
 
 LRS = (6.25e-5, 1.25e-4, 2.5e-4, 5e-4, 1e-3)
@@ -69,7 +69,8 @@ def losses(folders: Folders, steps: int, seeds: int) -> dict[tuple[Cell, int], d
     for cell in cells():
         for seed in range(seeds):
             job = job_of(folders, cell, seed, steps)
-            ends = {update: job.loss_at(update) for update in (steps // SHARE, steps)}
+            run = job.read()
+            ends = {update: job.loss_at(run, update) for update in (steps // SHARE, steps)}
             if not math.isnan(ends[steps]):
                 found[cell, seed] = ends
     return found
@@ -114,7 +115,7 @@ def verdict(rows: list[dict[str, Any]], ratios: dict[float, float]) -> str:
     predicted = sum(ratios[row["lr"]] < row["weight"] for row in rows)
     return (
         f"The correction lowers the loss in {below} of {len(rows)} cells. The claim says {predicted}, "
-        f"and names the sign of {right}."
+        f"and its sign is right in {right}."
     )
 
 
@@ -122,7 +123,7 @@ def page(rows: list[dict[str, Any]], ratios: dict[float, float]) -> str:
     """The maps as Markdown."""
     names = {"mvr1": "MVR-1 minus Gluon at the same β; rows: 1-β", "mvr2": "MVR-2 minus Gluon, β = 0.9; rows: q"}
     seeds = max(row["difference"].n for row in rows)
-    made = f"Made by `python -m experiments.map`, {seeds} seed{'s' * (seeds > 1)}. Below zero: the correction helps."
+    made = f"Made by `python -m experiments.beta_lr`, {seeds} seed{'s' * (seeds > 1)}. Below zero: the correction helps."
     out = ["# Where the correction pays", "", made]
     out += ["", markdown([["", *(f"lr {lr:g}" for lr in LRS)], ["S/σ", *(f"{ratios[lr]:.2f}" for lr in LRS)]])]
     for horizon in sorted({row["horizon"] for row in rows}):
@@ -180,7 +181,7 @@ def _place(ratio: float, weights: Sequence[float]) -> float:
 
 def main(argv: list[str]) -> None:
     """Run what is missing, then write the maps."""
-    parser = study_parser("map", __doc__)
+    parser = study_parser("beta_lr", __doc__)
     parser.add_argument("--steps", type=positive, default=STEPS, help=f"the long horizon, a multiple of {SHARE} [{STEPS}]")
     parser.add_argument("--seeds", type=positive, default=1, help="number of seeds, from 0 on [1]")
     parser.add_argument("--plan", action="store_true", help="print the runs and stop")
@@ -191,7 +192,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--steps {steps} must be a multiple of {SHARE}: the short horizon is a {SHARE}th of it")
     jobs = [job_of(folders, cell, seed, steps) for seed in range(arguments.seeds) for cell in cells()]
     if arguments.plan:
-        print("\n".join(f"{job.state():8} {job.line}" for job in jobs))
+        print(plan_of(jobs))
         passes = sum(evaluations(job.options["optimizer"], steps) for job in jobs)
         tokens = passes * BATCH * load_config(["--config", str(ROOT / CONFIG)]).seq_len
         print(f"{len(jobs)} runs, {passes:,} gradients: {duration(tokens / ASSUMED_TOKENS)} of one core")
@@ -211,5 +212,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors("experiments.map", interrupted=GOES_ON):
+    with one_line_errors("experiments.beta_lr", interrupted=CONTINUES):
         main(sys.argv[1:])

@@ -1,4 +1,4 @@
-"""The statistics of the studies: intervals, paired differences, curves at equal budgets.
+"""The numbers of the studies: intervals, paired differences, curves at equal budgets.
 
 Pure functions of numbers, without torch. `tests/experiments/test_evidence.py` checks them against values known from elsewhere.
 """

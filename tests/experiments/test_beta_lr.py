@@ -1,4 +1,4 @@
-"""experiments/map.py on made-up records: the pairs of runs, the verdict on the claim, the page and the picture."""
+"""experiments/beta_lr.py on made-up records: the pairs of runs, the verdict on the claim, the page and the picture."""
 
 import json
 import math
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
-from experiments import map as study
+from experiments import beta_lr as study
 from experiments.comparison import RESULTS
 from experiments.figures import Folders
 
@@ -41,7 +41,7 @@ def test_the_claim_is_counted(tmp_path, capsys):
     study.main(["--plot-only", "--steps", "10", "--runs", str(tmp_path), "--results", str(tmp_path)])
     capsys.readouterr()
     page = (tmp_path / "map" / "README.md").read_text()
-    assert "names the sign of 25" in page and "names the sign of 20" in page
+    assert "its sign is right in 25" in page and "its sign is right in 20" in page
     assert "## MVR-1 minus Gluon at the same β; rows: 1-β, 2 updates" in page and "10 updates" in page
     assert (tmp_path / "map" / "map.png").stat().st_size > 10_000
     assert len(json.loads((tmp_path / "map" / "map.json").read_text())) == 2 * 45

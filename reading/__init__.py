@@ -1,0 +1,1 @@
+"""What a run left behind: its options and metrics (`runs`), its trained model (`trained`)."""
