@@ -9,22 +9,24 @@ import pytest
 import torch
 
 from experiments import rates
+from experiments.rates_page import fit
+from experiments.rates_recursion import METHODS, PAPERS, PROBLEMS, Arm, arms_of, schedule, simulate
 
-BY_NAME = {m.name: m for m in rates.METHODS}
-CAUCHY, SKEWED, LOGCOSH, QUARTIC = rates.PROBLEMS
+BY_NAME = {m.name: m for m in METHODS}
+CAUCHY, SKEWED, LOGCOSH, QUARTIC = PROBLEMS
 GLUON, MVR1, MVR2, MVR3 = (BY_NAME[name] for name in ("Gluon", "MVR-1", "MVR-2", "MVR-3"))
 
 
 def record(problem, arms, horizons, seeds):
     """The momenta and weights of a simulation, step by step."""
     seen = []
-    result = rates.simulate(problem, arms, horizons, seeds, watch=lambda k, X, M: seen.append((X.clone(), M.clone())))
+    result = simulate(problem, arms, horizons, seeds, watch=lambda k, X, M: seen.append((X.clone(), M.clone())))
     return result, seen
 
 
 def plain_loop(problem, arm, K, seed):
     """One run, written from the formulas and with full histories. Returns all X_k (X_K included) and all M_k."""
-    alpha, q, gamma, t, b = rates.schedule(arm, K, problem.radius)
+    alpha, q, gamma, t, b = schedule(arm, K, problem.radius)
     beta = 1 - alpha
     draws = torch.from_numpy(np.random.default_rng([seed, K]).standard_normal((K, 2, 4, 4)))
     X, d, M = [problem.initial(seed)], [], []
@@ -46,10 +48,10 @@ def plain_loop(problem, arm, K, seed):
     return X, M
 
 
-@pytest.mark.parametrize("problem", rates.PROBLEMS, ids=lambda p: p.name)
+@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.name)
 def test_the_batched_recursion_agrees_with_the_plain_loop(problem):
     """Every method, two horizons and two seeds at once equal one run at a time."""
-    arms = [rates.Arm(m, 0.5 + 0.5 * i, 1.0) for i, m in enumerate(rates.METHODS)]
+    arms = [Arm(m, 0.5 + 0.5 * i, 1.0) for i, m in enumerate(METHODS)]
     result, seen = record(problem, arms, [32, 16], [3, 5])
     for h, K in enumerate([32, 16]):
         for a, arm in enumerate(arms):
@@ -67,7 +69,7 @@ def test_the_batched_recursion_agrees_with_the_plain_loop(problem):
 @pytest.mark.parametrize("compares", ["single_batch", "previous_batch"])
 def test_gamma_zero_is_gluon(compares):
     """Bit for bit, for any ĝ."""
-    arms = [rates.Arm(m, 1.0, 1.0) for m in (GLUON, replace(GLUON, compares=compares))]
+    arms = [Arm(m, 1.0, 1.0) for m in (GLUON, replace(GLUON, compares=compares))]
     _, seen = record(CAUCHY, arms, [64], [0, 1])
     for X, M in seen:
         assert torch.equal(X[:, 0], X[:, 1])
@@ -77,7 +79,7 @@ def test_gamma_zero_is_gluon(compares):
 def test_without_noise_mvr1_and_mvr3_have_the_exact_gradient():
     """M_k = ∇f(X_k) for γ = 1 and any β and q; plain momentum lags behind, and so does MVR-2's over its exact d."""
     problem = replace(CAUCHY, sigma=0.0)
-    arms = [rates.Arm(MVR1, 1.0, 4.0), rates.Arm(MVR3, 1.0, 4.0), rates.Arm(GLUON, 1.0, 4.0), rates.Arm(MVR2, 0.1, 4.0)]
+    arms = [Arm(MVR1, 1.0, 4.0), Arm(MVR3, 1.0, 4.0), Arm(GLUON, 1.0, 4.0), Arm(MVR2, 0.1, 4.0)]
     _, seen = record(problem, arms, [64], [0])
     for X, M in seen:
         torch.testing.assert_close(M[:, :2], problem.grad(X[:, :2]), rtol=0, atol=1e-12)
@@ -88,8 +90,8 @@ def test_without_noise_mvr1_and_mvr3_have_the_exact_gradient():
 
 def test_nesterov_is_the_extrapolated_average():
     """single_batch with γ = 1-β: M = (1-γ) E + γ g with E the plain average."""
-    arm = rates.Arm(BY_NAME["single_batch, γ=1-β"], 2.0, 1.0)
-    alpha, _, gamma, _, _ = rates.schedule(arm, 64, 0.0)
+    arm = Arm(BY_NAME["single_batch, γ=1-β"], 2.0, 1.0)
+    alpha, _, gamma, _, _ = schedule(arm, 64, 0.0)
     assert gamma == alpha
     X, M = plain_loop(CAUCHY, arm, 64, 0)
     draws = torch.from_numpy(np.random.default_rng([0, 64]).standard_normal((64, 2, 4, 4)))
@@ -100,7 +102,7 @@ def test_nesterov_is_the_extrapolated_average():
         torch.testing.assert_close(M[k], (1 - gamma) * E + gamma * g, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("problem", rates.PROBLEMS, ids=lambda p: p.name)
+@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.name)
 def test_problems_match_their_descriptions(problem):
     """h' is h's derivative, the noise is unbiased and of variance σ²(1 + cos²u), the minimum is at W with f* = 0."""
     u = torch.linspace(-4, 4, 801, dtype=torch.float64, requires_grad=True)
@@ -127,10 +129,10 @@ def test_star_convex_problems_satisfy_the_theorem(problem):
         assert (inside <= (1 - c) * problem.gap(Z) + 1e-12).all()
     largest = max(torch.linalg.matrix_norm(M, 2) for M in (problem.target, problem.initial(0)))
     assert problem.radius >= largest
-    arms = [arm for m in rates.METHODS for arm in rates.arms_of(m, problem.radius)]
+    arms = [arm for m in METHODS for arm in arms_of(m, problem.radius)]
     for K in (2**6, 2**11, 2**16):
         for arm in arms:
-            alpha, q, _, t, b = rates.schedule(arm, K, problem.radius)
+            alpha, q, _, t, b = schedule(arm, K, problem.radius)
             assert b <= min(alpha, q) <= alpha < 1
             assert t == b * problem.radius
     _, seen = record(problem, arms[:3], [64], [0])
@@ -145,7 +147,7 @@ def test_schedules_have_the_theorys_powers():
         MVR3: (-1 / 3, -2 / 3, -2 / 3),
     }
     for method, (power_alpha, power_q, power_t) in powers.items():
-        (a, q, g, t, b), (a2, q2, g2, t2, _) = (rates.schedule(rates.Arm(method, 0.5, 3.0), K, 0.0) for K in (64, 4096))
+        (a, q, g, t, b), (a2, q2, g2, t2, _) = (schedule(Arm(method, 0.5, 3.0), K, 0.0) for K in (64, 4096))
         assert math.isclose(a2 / a, 64**power_alpha)
         assert math.isclose(q2 / q, 64**power_q)
         assert math.isclose(t2 / t, 64**power_t)
@@ -154,21 +156,21 @@ def test_schedules_have_the_theorys_powers():
         assert (q == 1) == (method in (GLUON, MVR1))
     b = math.log(4096) / 4096
     for method, alpha in ((GLUON, 2 * b ** (2 / 3)), (MVR1, 2 * b), (MVR2, math.sqrt(2 * b))):
-        assert rates.schedule(rates.Arm(method, 2.0, 1.0), 4096, 3.0)[0] == pytest.approx(alpha)
-    assert len({len(rates.arms_of(m, r)) for m in rates.METHODS for r in (0.0,)}) == 1
-    assert len({len(rates.arms_of(m, r)) for m in rates.METHODS for r in (3.0,)}) == 1
+        assert schedule(Arm(method, 2.0, 1.0), 4096, 3.0)[0] == pytest.approx(alpha)
+    assert len({len(arms_of(m, r)) for m in METHODS for r in (0.0,)}) == 1
+    assert len({len(arms_of(m, r)) for m in METHODS for r in (3.0,)}) == 1
 
 
 def test_a_known_power_law_is_recovered_and_the_interval_covers_it():
     """For y = K^-0.3 times log-normal scatter the slope is found, and 95% intervals cover it about 95% of the time."""
     horizons = [2**e for e in range(6, 17)]
     exact = np.array(horizons, dtype=float) ** -0.3
-    one = rates.fit(horizons, np.tile(exact[None, :, None], (1, 1, 4)), resamples=10)
+    one = fit(horizons, np.tile(exact[None, :, None], (1, 1, 4)), resamples=10)
     assert one["slope"][0] == pytest.approx(-0.3, abs=1e-12)
     assert one["upper"][0] == pytest.approx(-0.3, abs=1e-12)
     rng = np.random.default_rng(1)
     scatter = np.exp(0.3 * rng.standard_normal((200, len(horizons), 16)) - 0.045)
-    f = rates.fit(horizons, exact[None, :, None] * scatter, resamples=400)
+    f = fit(horizons, exact[None, :, None] * scatter, resamples=400)
     low, high = np.quantile(f["slope_boot"], (0.025, 0.975), axis=0)
     assert 0.85 < np.mean((low < -0.3) & (high > -0.3)) < 0.99
     assert abs(f["slope"].mean() + 0.3) < 0.005
@@ -178,16 +180,16 @@ def test_differences_are_paired():
     """If two methods differ only by a factor, the difference of their slopes has no scatter."""
     horizons = [2**e for e in range(6, 12)]
     y = np.exp(np.random.default_rng(0).standard_normal((1, 6, 8)))
-    f = rates.fit(horizons, np.concatenate([y, 3 * y]), resamples=50)
+    f = fit(horizons, np.concatenate([y, 3 * y]), resamples=50)
     assert np.ptp(f["slope_boot"][:, 0]) > 0.01
     np.testing.assert_allclose(f["slope_boot"][:, 0], f["slope_boot"][:, 1], atol=1e-12)
 
 
 def test_a_run_does_not_depend_on_the_others():
     """The same (seed, K) gives the same run alone and among others."""
-    arms = [rates.Arm(MVR3, 1.0, 4.0)]
-    together = rates.simulate(CAUCHY, arms, [128, 64], [0, 1, 2])["gap"]
-    alone = rates.simulate(CAUCHY, arms, [64], [1])["gap"]
+    arms = [Arm(MVR3, 1.0, 4.0)]
+    together = simulate(CAUCHY, arms, [128, 64], [0, 1, 2])["gap"]
+    alone = simulate(CAUCHY, arms, [64], [1])["gap"]
     torch.testing.assert_close(together[1, 0, 1], alone[0, 0, 0], rtol=0, atol=1e-10)
 
 
@@ -205,7 +207,7 @@ def test_quick_run_end_to_end(tmp_path, capsys):
         assert not set(held["seeds"]) & set(held["tuning_seeds"])
         cauchy = held["results"]["cauchy"]
         assert {len(v) for v in cauchy["values"].values()} == {len(held["horizons"])}
-        for name in rates.PAPERS:
+        for name in PAPERS:
             assert cauchy["fits"][name]["last"] < cauchy["fits"]["Gluon"]["last"]
         low, high = cauchy["fits"]["Gluon"]["slope_95"]
         assert low <= cauchy["fits"]["Gluon"]["slope"] <= high
