@@ -7,19 +7,22 @@ and the split is `train` or `val`. `manifest.json` in the same directory says wh
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from common.errors import Parser, UserError, one_line_errors
-from common.files import atomic_file, write_text
+from common.files import atomic_file, sync_directory, write_text
 
 MAGIC = 20240520
 VERSION = 1
@@ -58,6 +61,14 @@ class Manifest:
     source: str
     licence: str
     files: dict[str, ShardInfo] = field(default_factory=dict)
+
+    def summary(self, directory: Path) -> str:
+        """What a command that wrote the shards prints."""
+        lines = []
+        for split in SPLITS:
+            counts = [info.tokens for name, info in self.files.items() if f"_{split}_" in name]
+            lines.append(f"{split}: {sum(counts):,} tokens in {len(counts)} shards")
+        return "\n".join([*lines, f"{self.encoding}, vocabulary {self.vocab_size}, in {directory}"])
 
 
 # ---- writing
@@ -101,6 +112,7 @@ class ShardWriter:
 
     def write(self, tokens: np.ndarray) -> None:
         """Append tokens. Writes a shard whenever there are `shard_tokens`."""
+        self.tokens += len(tokens)
         start = 0
         while start < len(tokens):
             chunk = tokens[start : start + self.shard_tokens - self._pending]
@@ -118,9 +130,42 @@ class ShardWriter:
     def _cut(self) -> None:
         name = f"{self.prefix}_{self.split}_{self._index:06d}.bin"
         self.files[name] = write_shard(self.directory / name, np.concatenate(self._chunks))
-        self.tokens += self._pending
         self._index += 1
         self._chunks, self._pending = [], 0
+
+
+@contextmanager
+def new_shards(
+    out_dir: Path, manifest: Manifest, prefix: str, shard_tokens: int, overwrite: bool
+) -> Iterator[dict[str, ShardWriter]]:
+    """A writer for each split. When the block ends, their shards and the manifest are in `out_dir`, in place of old ones.
+
+    If the block raises, `out_dir` stays as it was. Raises UserError if `out_dir` cannot be written, or if it holds shards and
+    `overwrite` is false.
+    """
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        old = list_shards(out_dir)
+        if old and not overwrite:
+            raise UserError(f"{out_dir}: already holds {len(old)} shards; choose another --out, or --overwrite")
+        with tempfile.TemporaryDirectory(dir=out_dir, prefix=".tokenizing-") as building:
+            writers = {split: ShardWriter(building, prefix, split, shard_tokens) for split in SPLITS}
+            yield writers
+            for writer in writers.values():
+                writer.close()
+                manifest.files |= writer.files
+            # The manifest is written before the shards. If this stops halfway, a shard in it is missing, and training refuses
+            # the directory.
+            for path in old:
+                path.unlink()
+            write_manifest(out_dir, manifest)
+            for name in manifest.files:
+                os.replace(Path(building) / name, out_dir / name)
+            sync_directory(out_dir)
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        hint = "; free some space, nothing was changed" if full else ""
+        raise UserError(f"{out_dir}: cannot be written ({error.strerror or error}){hint}") from None
 
 
 # ---- reading
@@ -231,10 +276,10 @@ def check_split(directory: Path | str, split: str) -> tuple[list[Path], Manifest
         raise UserError(f"{directory}: no such data directory; make it with python -m data.fineweb")
     paths = list_shards(directory, split)
     if not paths:
-        raise UserError(f"{directory}: holds no {split} shards (*_{split}_*.bin)")
+        raise UserError(f"{directory}: holds no {split} shards (*_{split}_*.bin){foreign(directory)}")
     manifest = read_manifest(directory)
     counts = {path.name: check_shard(path) for path in paths}
-    _check_numbering(directory, paths)
+    check_numbering(directory, paths)
     if manifest is None:
         return paths, None
     for name in manifest.files:
@@ -255,20 +300,31 @@ def check_split(directory: Path | str, split: str) -> tuple[list[Path], Manifest
     return paths, manifest
 
 
-def _check_numbering(directory: Path, paths: list[Path]) -> None:
+def check_numbering(directory: Path, paths: list[Path]) -> None:
     """Raise UserError if a number is missing: a file was lost, and training would use the wrong tokens."""
     last: dict[str, int] = {}
     for path in paths:
-        match = re.fullmatch(r"(.*_)(\d+)\.bin", path.name)
+        match = re.fullmatch(r"(.*_)(\d+)", path.stem)
         if not match:
             continue
         prefix, index = match[1], int(match[2])
         if prefix in last and index > last[prefix] + 1:
             raise UserError(
-                f"{directory / f'{prefix}{last[prefix] + 1:06d}.bin'}: missing, though {path.name} is there; "
+                f"{directory / f'{prefix}{last[prefix] + 1:06d}{path.suffix}'}: missing, though {path.name} is there; "
                 "download or copy it again"
             )
         last[prefix] = index
+
+
+def foreign(directory: Path) -> str:
+    """What to do with the tokens of another project that lie in a directory; "" if there are none."""
+    if any(directory.glob("*_train_*.npy")) or any(directory.glob("*_val_*.npy")):
+        found = "the .npy shards of build-nanogpt"
+    elif (directory / "train.bin").is_file() or (directory / "val.bin").is_file():
+        found = "nanoGPT's train.bin and val.bin"
+    else:
+        return ""
+    return f" but {found}; convert them: python -m data.convert {directory} --out DIR"
 
 
 # ---- verification
@@ -310,7 +366,7 @@ def main(arguments: list[str] | None = None) -> None:
     with tqdm(total=total, unit="B", unit_scale=True, desc="verify", disable=not sys.stderr.isatty()) as bar:
         results = verify(directory, bar.update)
     if not results:
-        raise UserError(f"{directory}: holds no shards (*_train_*.bin, *_val_*.bin)")
+        raise UserError(f"{directory}: holds no shards (*_train_*.bin, *_val_*.bin){foreign(directory)}")
     manifest = read_manifest(directory)
     width = max(len(name) for name in results)
     print(f"{'file':{width}}  {'tokens':>13}  {'min':>5}  {'max':>5}  sha256        state")

@@ -3,18 +3,17 @@
 A `.txt` file is one document. `.jsonl` and `.parquet` files have one document per line or row, in the field `text`.
 Directories are searched. About `--val-fraction` of the documents go into the validation split. If there is only one `.txt`
 file, its last part does. An end-of-text token precedes each document. The encoding is GPT-2's or `bytes`: the UTF-8 bytes, and
-256 as the end of text. Its vocabulary of 257 suits small models.
+256 as the end of text. Its vocabulary of 257 suits small models. `<|endoftext|>` inside a text is plain text, unless
+--split-at-endoftext makes it the border of two documents. `python -m data.convert` takes tokens of other projects.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -25,10 +24,10 @@ from typing import Any
 import numpy as np
 
 from common.errors import Parser, UserError, one_line_errors
-from common.files import sync_directory
-from data.shards import Manifest, Progress, ShardWriter, list_shards, write_manifest
+from data.shards import Manifest, Progress, ShardWriter, new_shards
 
 ENCODINGS = ("gpt2", "bytes")
+END_OF_TEXT = "<|endoftext|>"
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 _BATCH_CHARACTERS = 1 << 22  # passed to the encoder's threads at once
 _DOWNLOAD_SECONDS = 60
@@ -90,7 +89,7 @@ def load_gpt2() -> Any:
         explicit_n_vocab=50257,
         pat_str=_GPT2_PATTERN,
         mergeable_ranks=ranks,
-        special_tokens={"<|endoftext|>": 50256},
+        special_tokens={END_OF_TEXT: 50256},
     )
 
 
@@ -157,43 +156,20 @@ def tokenize_documents(
     them, chosen by a hash of the text and the seed. Existing shards stay until the new ones are complete. Raises UserError if
     a split stays empty, `out_dir` cannot be written, or it holds shards and `overwrite` is false.
     """
-    out_dir = Path(out_dir)
     if not 0 < val_fraction < 1:
         raise UserError(f"the validation fraction must be between 0 and 1, not {val_fraction}")
     in_val = in_val or _in_val_by_hash(val_fraction, seed)
     encoder = load_encoder(encoding)
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        old = list_shards(out_dir)
-        if old and not overwrite:
-            raise UserError(f"{out_dir}: already holds {len(old)} shards; choose another --out, or --overwrite")
-        with tempfile.TemporaryDirectory(dir=out_dir, prefix=".tokenizing-") as building:
-            writers = {split: ShardWriter(building, prefix, split, shard_tokens) for split in ("train", "val")}
-            count = _write_documents(documents, encoder, in_val, writers)
-            for split, writer in writers.items():
-                writer.close()
-                if not writer.tokens:
-                    raise UserError(
-                        f"the {split} split got none of the {count} documents; give more documents (a .txt file is one), "
-                        "or change --val-fraction or --seed"
-                    )
-            files = writers["train"].files | writers["val"].files
-            manifest = Manifest(encoder.name, encoder.vocab_size, source, licence, files)
-            # The manifest is written before the shards. If this stops halfway, a shard in it is missing, and training refuses
-            # the directory.
-            for path in old:
-                path.unlink()
-            write_manifest(out_dir, manifest)
-            for name in files:
-                os.replace(Path(building) / name, out_dir / name)
-            sync_directory(out_dir)
-    except OSError as error:
-        raise UserError(f"{out_dir}: cannot be written ({error.strerror or error}){_hint(error)}") from None
+    manifest = Manifest(encoder.name, encoder.vocab_size, source, licence)
+    with new_shards(Path(out_dir), manifest, prefix, shard_tokens, overwrite) as writers:
+        count = _write_documents(documents, encoder, in_val, writers)
+        for split, writer in writers.items():
+            if not writer.tokens:
+                raise UserError(
+                    f"the {split} split got none of the {count} documents; give more documents (a .txt file is one), "
+                    "or change --val-fraction or --seed"
+                )
     return manifest
-
-
-def _hint(error: OSError) -> str:
-    return "; free some space, nothing was changed" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
 
 
 def _write_documents(
@@ -266,6 +242,22 @@ def cut_in_two(text: str, val_fraction: float) -> tuple[str, str]:
     at = int(len(text) * (1 - val_fraction))
     at = text.rfind("\n", at * 9 // 10, at) + 1 or at
     return text[:at], text[at:]
+
+
+class Marked:
+    """Splits documents at each <|endoftext|> inside them, if `split` says so, or counts the documents that hold one."""
+
+    def __init__(self, split: bool) -> None:
+        self.split, self.count = split, 0
+
+    def __call__(self, documents: Iterable[str]) -> Iterator[str]:
+        """The documents. Nothing of a text is changed but the marks; what is empty between two of them is no document."""
+        for text in documents:
+            if self.split:
+                yield from (part for part in text.split(END_OF_TEXT) if part.strip())
+            else:
+                self.count += END_OF_TEXT in text
+                yield text
 
 
 def _decode(raw: bytes, path: Path, first_line: int) -> str:
@@ -343,15 +335,19 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--shard-tokens", type=int, default=100_000_000, help="tokens per shard; default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="seed of the choice of validation documents; default: 0")
+    parser.add_argument(
+        "--split-at-endoftext", action="store_true",
+        help=f"begin a new document at each {END_OF_TEXT} inside a text; by default it is plain text, seven tokens of GPT-2's",
+    )  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace the shards that --out holds")
     options = parser.parse_args(arguments)
-    files = find_files(options.files)
+    files, marked = find_files(options.files), Marked(options.split_at_endoftext)
     from tqdm import tqdm
 
     total = sum(path.stat().st_size for path in files)
     with tqdm(total=total, unit="B", unit_scale=True, desc="tokenize", disable=not sys.stderr.isatty()) as bar:
-        documents, in_val = read_documents(files, options.field, bar.update), None
-        if len(files) == 1 and files[0].suffix == ".txt" and 0 < options.val_fraction < 1:
+        documents, in_val = marked(read_documents(files, options.field, bar.update)), None
+        if len(files) == 1 and files[0].suffix == ".txt" and 0 < options.val_fraction < 1 and not marked.split:
             documents, in_val = iter(cut_in_two(next(documents), options.val_fraction)), lambda number, _: number == 1
         manifest = tokenize_documents(
             documents,
@@ -365,10 +361,12 @@ def main(arguments: list[str] | None = None) -> None:
             licence="that of the files",
             overwrite=options.overwrite,
         )
-    for split in ("train", "val"):
-        shards = [info for name, info in manifest.files.items() if f"_{split}_" in name]
-        print(f"{split}: {sum(info.tokens for info in shards):,} tokens in {len(shards)} shards")
-    print(f"{manifest.encoding}, vocabulary {manifest.vocab_size}, in {options.out}")
+    print(manifest.summary(options.out))
+    if marked.count:
+        print(
+            f"{marked.count:,} documents hold {END_OF_TEXT}, which was read as plain text; --split-at-endoftext begins a new "
+            "document there"
+        )
 
 
 if __name__ == "__main__":

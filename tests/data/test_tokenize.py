@@ -256,6 +256,26 @@ def test_the_end_of_a_single_text_file_is_for_validation(tmp_path, capsys):
     assert 0.1 <= len(val) / len(text) < 0.101
 
 
+def test_endoftext_inside_a_text(tmp_path, capsys):
+    """Plain text by default, and a line says so. With --split-at-endoftext the tokens are those of the special token."""
+    text = "Tom and Tim.\n<|endoftext|>\nOnce upon a time.<|endoftext|>\n<|endoftext|>The end <|end."
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text + str(n)}) + "\n" for n in range(20)))
+    common = [tmp_path / "a.jsonl", "--val-fraction", "0.2"]
+    code, out, err = command(capsys, *common, "--out", tmp_path / "plain")
+    assert (code, err) == (0, "") and "20 documents hold <|endoftext|>, which was read as plain text" in out
+    assert sum(len(documents_of(tmp_path / "plain", split, 50256)) for split in ("train", "val")) == 20
+    code, out, err = command(capsys, *common, "--out", tmp_path / "split", "--split-at-endoftext")
+    assert (code, err) == (0, "") and "plain" not in out
+    decode, folder = load_gpt2().decode, tmp_path / "split"
+    found = [decode(tokens) for split in ("train", "val") for tokens in documents_of(folder, split, 50256)]
+    pieces = ["Tom and Tim.\n", "\nOnce upon a time."] * 20 + [f"The end <|end.{n}" for n in range(20)]
+    assert sorted(found) == sorted(pieces)
+    (tmp_path / "b.txt").write_text("<|endoftext|>".join(f" story {n} " for n in range(60)))
+    common = [tmp_path / "b.txt", "--encoding", "bytes", "--val-fraction", "0.3"]
+    assert command(capsys, *common, "--out", tmp_path / "txt", "--split-at-endoftext")[0] == 0
+    assert sum(len(documents_of(tmp_path / "txt", split, 256)) for split in ("train", "val")) == 60
+
+
 def test_bad_arguments(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("some text")
     (tmp_path / "a.jsonl").write_text('{"text": "some text"}\n')
