@@ -111,7 +111,7 @@ FAULTS = [
     (
         nanogpt,
         lambda d: write_shard(d / "val.bin", VAL),
-        "is a shard already, under another name; rename it to tokens_val_0000",
+        "is a shard already, under another name; rename it to tokens_val_",
     ),
     (nanogpt, lambda d: np.array([1, 50300], np.uint16).tofile(d / "val.bin"), "token 50300 (number 1) is outside"),
     (nanogpt, lambda d: d.rename(d.parent / "elsewhere"), "no such directory"),
