@@ -49,6 +49,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def train(folder: Path, name: str, more: str) -> None:
+    torch._dynamo.reset()  # many models compiled in one process would reach its limit, and then run eagerly
     train_gpt.train(load_config(words(folder, name, more)))
 
 

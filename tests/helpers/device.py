@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from model import GPT, GPTConfig
 
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch reads it once, at the first product on the device
 CUDA = torch.cuda.is_available()
 CARDS = torch.cuda.device_count() if CUDA else 0
 DEVICE = torch.device("cuda", 0) if CUDA else torch.device("cpu")
