@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from optim import Gluon, GluonMVR1
-from optim.base import NON_NEGATIVE, PAST, Rule
+from optim.rules import NON_NEGATIVE, PAST, Rule
 
 
 class TwoHorizons(Gluon):
@@ -48,6 +48,6 @@ class TwoHorizons(Gluon):
 class HiddenMVR1(GluonMVR1):
     """MVR-1 for the hidden layers, and Gluon for the groups with the sign norm: the head and the embedding."""
 
-    def corrects(self, group: dict[str, Any]) -> bool:
-        """Whether this group needs the batch's gradient at the previous weights."""
-        return group["norm"] != "sign" and super().corrects(group)
+    def correction(self, group: dict[str, Any]) -> dict[str, float]:
+        """The averages that move along with g - ĝ, and how far."""
+        return {} if group["norm"] == "sign" else super().correction(group)

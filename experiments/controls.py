@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from optim import Gluon
-from optim.base import SHARE
+from optim.rules import SHARE
 
 
 class DoubleAverage(Gluon):

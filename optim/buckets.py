@@ -3,35 +3,21 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from .exchange import Alone, local
 from .norms import Norm, Sign, Spectral
 from .polar import work_dtype
+from .shares import buffer_dtype, local
 
 # Largest number of elements in a bucket of several parameters. Buckets let one travel while the next is computed, and they
 # bound the memory that a step needs in addition to the momentum.
 BUCKET_ELEMENTS = 2**26
 # On a CPU without communication: small enough for its caches, and for malloc to reuse memory instead of mapping fresh pages.
 CPU_BUCKET_ELEMENTS = 2**18
-
-
-def buffer_dtype(p: Tensor) -> torch.dtype:
-    """Momentum is float32 at least, and float64 for float64 parameters."""
-    return torch.promote_types(p.dtype, torch.float32)
-
-
-def travel_dtype(p: Tensor, norm: Norm | None) -> torch.dtype:
-    """Directions travel in the dtype that they are computed in, signs in one byte."""
-    if isinstance(norm, Sign):
-        return torch.int8
-    if isinstance(norm, Spectral):
-        matrix = local(p).new_empty((), dtype=buffer_dtype(p)).expand(p.shape[0], math.prod(p.shape[1:]))
-        return work_dtype(matrix, norm.polar)
-    return buffer_dtype(p)
 
 
 def split(params: Sequence[Tensor], norm_of: Callable[[Tensor], Norm | None], alone: bool) -> Iterator[list[Tensor]]:
@@ -44,9 +30,10 @@ def split(params: Sequence[Tensor], norm_of: Callable[[Tensor], Norm | None], al
     for p in params:
         if p.numel() == 0:
             continue
-        shape = None
-        if isinstance(norm_of(p), Spectral):
-            shape = tuple(sorted((p.shape[0], math.prod(p.shape[1:]))))
+        norm, shape = norm_of(p), None
+        if isinstance(norm, Spectral):
+            whole = p.shape if norm.stack else (p.shape[0], math.prod(p.shape[1:]))
+            shape = (norm.stack, *whole[:-2], *sorted(whole[-2:]))
         place = (p.device_mesh, p.placements) if isinstance(p, DTensor) else p.device
         alike.setdefault((shape, p.dtype, place), []).append(p)
     for members in alike.values():
@@ -60,34 +47,51 @@ def split(params: Sequence[Tensor], norm_of: Callable[[Tensor], Norm | None], al
         yield part
 
 
+class Piece(NamedTuple):
+    """Some rows of the direction of a bucket's member."""
+
+    member: int
+    rows: slice
+    direction: Tensor
+
+
 @dataclass
 class Bucket:
-    """Parameters on their way through an update: inputs to their owners, directions back, weights moved."""
+    """Parameters on their way through an update: the LMO's inputs, the directions, the move of the weights."""
 
     params: Sequence[Tensor]
     norm: Norm | None  # None if the inputs are the directions already (AdamW)
-    exchange: Alone
     inputs: Callable[[], list[Tensor | None]]  # this rank's part of each member's LMO input, None if it has none
     moves: Sequence[bool]  # whether each member moves, as far as this rank knows
     step: float  # lr · radius
     decay: float  # lr · weight_decay
 
-    def gather(self) -> None:
-        """Start to bring the inputs to their owners."""
-        self.exchange.gather(self.inputs)
+    @property
+    def travel_dtype(self) -> torch.dtype:
+        """Directions travel in the dtype that they are computed in, signs in one byte."""
+        p = self.params[0]
+        if isinstance(self.norm, Sign):
+            return torch.int8
+        if isinstance(self.norm, Spectral):
+            # An expanded tensor has the shape and the dtype of the LMO's input, and no memory.
+            return work_dtype(self.norm.matrix(local(p).new_empty((), dtype=buffer_dtype(p)).expand(p.shape)), self.norm.polar)
+        return buffer_dtype(p)
 
-    def send_directions(self) -> None:
-        """Compute the directions of the members that this rank owns, and start to send them."""
-        members = [m if moves else None for m, moves in zip(self.exchange.whole(), self.moves, strict=True)]
+    def directions(self, inputs: list[Tensor | None]) -> list[Tensor | None]:
+        """The directions of these inputs. Empties the list, so that inputs made for this call are freed early."""
+        members = [m if moves else None for m, moves in zip(inputs, self.moves, strict=True)]
+        inputs.clear()
         if isinstance(self.norm, Spectral):
             _replace_by_polar_factors(members, self.norm)
         elif self.norm is not None:
-            members = [None if m is None else self.norm.direction(m.flatten(1) if m.ndim > 2 else m) for m in members]
-        self.exchange.spread(members)
+            members = [None if m is None else self.norm.direction(self.norm.matrix(m)) for m in members]
+        return members
 
-    def move_weights(self) -> None:
-        """Wait for the directions and move the weights (the host does not wait for the device)."""
-        pieces, flags = self.exchange.receive()
+    def move(self, pieces: list[Piece], flags: Tensor | None) -> None:
+        """Move the weights by these pieces of directions (the host does not wait for the device).
+
+        `flags`: 1 or 0 for each piece, if only its owner knows whether it moves.
+        """
         keep: Sequence[float | Tensor] = [1 - self.decay] * len(pieces)
         if flags is not None and self.decay:
             keep = (1 - self.decay * flags.to(buffer_dtype(self.params[0]))).unbind()
@@ -109,12 +113,12 @@ class Bucket:
 
 
 def _replace_by_polar_factors(members: list[Tensor | None], norm: Spectral) -> None:
-    """Replace the matrices of the list, all of one shape up to transposition, by their directions in one batched call."""
+    """Replace the members, all of one shape up to transposition, by their directions in one batched call."""
     present = [i for i, m in enumerate(members) if m is not None]
     if not present:
         return
-    matrices = [m.flatten(1) for m in members if m is not None]
-    tall = [m.size(0) > m.size(1) for m in matrices]
+    matrices = [norm.matrix(m) for m in members if m is not None]
+    tall = [m.size(-2) > m.size(-1) for m in matrices]
     wide = [m.mT if t else m for m, t in zip(matrices, tall, strict=True)]
     stack = torch.empty((len(wide), *wide[0].shape), dtype=work_dtype(wide[0], norm.polar), device=wide[0].device)
     torch._foreach_copy_(list(stack.unbind()), wide)

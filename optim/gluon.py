@@ -4,7 +4,8 @@ Muon & Scion Great Again!", arXiv 2505.13416). Muon, Scion, normalised SGD and s
 import torch
 from torch import Tensor
 
-from .base import Buffers, Group, LayerwiseOptimizer
+from .base import LayerwiseOptimizer
+from .rules import Buffers, Group
 
 
 class Gluon(LayerwiseOptimizer):
@@ -29,6 +30,9 @@ class Gluon(LayerwiseOptimizer):
             M_0 = g_0 and then β, as the papers write it: the first gradient then weighs 1/(1-β) times a later one.
         scale: the spectral norm's dimension factor: scion, muon, moonlight, none (see `optim.norms.spectral_factor`).
         polar: the polar factor: polar_express, newton_schulz, svd.
+        view: what the group's tensors of three dimensions or more are. "convolution": (o, i, k, …), one matrix (o, i·k…).
+            "stack": (…, d_out, d_in), such as the weights of experts; each matrix has its own polar factor and the dimension
+            factor of its own shape. Required for three dimensions; four and more are a convolution by default.
         process_group: the ranks that hold the same parameters and gradients and share the work. Default: the default group if
             torch.distributed is initialised. DTensor parameters (FSDP2) are shared over their own mesh instead.
 

@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from .base import NON_NEGATIVE, PAIR, SWITCH, Buffers, Group, Rule
 from .gluon import Gluon
+from .rules import NON_NEGATIVE, PAIR, SWITCH, Buffers, Group, Rule
 
 
 class MuonMVR(Gluon):
@@ -92,14 +92,15 @@ class MuonMVR(Gluon):
 
         They are copied. A parameter whose `.grad` is None gets no record, so it gets no correction.
         """
+        self._admit_replaced()
         for group, p in self._params():
             if group["use_muon"] and not group["is_approx"]:
                 self.state[p]["recorded"] = p.grad is not None
                 self._record(p)
 
     def _record(self, p: Tensor) -> None:
-        if p.grad is not None and self._owns(p):
-            self.state[p]["last_grad"].copy_(self._gradient(p))
+        if p.grad is not None and self._shares.owns(p):
+            self.state[p]["last_grad"].copy_(self._shares.gradient(p))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's; a group without `use_muon` becomes two, of the 2-D parameters and of the rest."""
@@ -132,14 +133,16 @@ class MuonMVR(Gluon):
                 )
         super()._check_group(group)
 
-    def _buffer_names(self, group: Group) -> list[str]:
-        return [*super()._buffer_names(group), *(["last_grad"] if group["use_muon"] else [])]
+    def buffers(self, group: Group) -> list[str]:
+        """M and the gradient to compare with."""
+        return [*super().buffers(group), "last_grad"]
 
     def _fresh_scalars(self, group: Group) -> dict[str, Any]:
         return super()._fresh_scalars(group) | ({"recorded": False} if group["use_muon"] else {})
 
     @torch.no_grad()
     def _fold_gradients(self, corrected: dict[Tensor, bool] | None = None) -> None:
+        self._admit_replaced()
         muon = [p for group, p in self._params() if group["use_muon"] and p.grad is not None]
         for p in muon:  # if nothing is recorded, `last` is g itself: no correction
             if not self.state[p]["recorded"]:

@@ -4,26 +4,30 @@ arXiv 2509.15816) that compare with another batch.
 
     g_k = ∇f(X_k; ξ_k)        ĝ_k = ∇f(X_{k-1}; ξ_k), the same batch at the previous weights
 
-    d_k = g_k + (1-q) (d_{k-1} - ĝ_k)                        d_0 = g_0
-    M_k = β M_{k-1} + (1-β) d_k + γβ (g_k - ĝ_k)             M_0 = g_0
+The averages of old gradients were taken at old weights. ĝ_k and g_k say how far this batch's gradient has moved since. So
+move the averages as far, and then take in g_k as ever:
 
-MVR-1 has q = 1, MVR-2 has γ = 0, MVR-3 has both. Each formula is split where ĝ_k ends and g_k begins:
+    correct    d ← d + (g - ĝ)            M ← M + γ (g - ĝ)
+    fold       d ← (1-q) d + q g          M ← β M + (1-β) d                 (q = 1: d is g)
 
-    fold_old    d ← d - ĝ                M ← M - γ ĝ
-    fold_new    d ← (1-q) d + g          M ← β M + (1-β) d + γβ g
+A variant is which averages move, and how far: M by γ (MVR-1), d by 1 (MVR-2), or both (MVR-3). From d_0 = M_0 = g_0:
+
+    d_k = g_k + (1-q) (d_{k-1} - ĝ_k)
+    M_k = β M_{k-1} + (1-β) d_k + γβ (g_k - ĝ_k)
 
 No variant stores old weights, old gradients or old batches. Between steps the model holds X_{k-1}, and the update of M_{k-1}
-is pending. When batch ξ_k arrives, a step evaluates it (ĝ_k), applies the update, folds ĝ_k, evaluates the batch again (g_k),
-and folds g_k.
+is pending. When batch ξ_k arrives, a step takes its gradient ĝ_k, applies the update, subtracts ĝ_k from the averages, takes
+the gradient g_k, adds it to the averages, and folds it.
 """
 
+from collections.abc import Callable, Container
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from .base import NON_NEGATIVE, SHARE, Buffers, Closure, Group, Rule
 from .gluon import Gluon
+from .rules import NON_NEGATIVE, SHARE, Buffers, Closure, Group, Rule
 
 
 class SingleBatchMVR(Gluon):
@@ -48,25 +52,39 @@ class SingleBatchMVR(Gluon):
 
 
 class _TwoPasses(Gluon):
-    """A variant that evaluates every batch twice. `step` needs a closure."""
+    """A variant that takes two gradients of every batch. `step` needs a closure."""
 
     passes = 2
 
-    def corrects(self, group: Group) -> bool:
-        """Whether the group needs ĝ; if no group does, its pass is skipped."""
+    def correction(self, group: Group) -> dict[str, float]:
+        """The averages that move along with g - ĝ, and how far."""
         raise NotImplementedError
 
-    def fold_old(self, group: Group, buffers: Buffers, old: list[Tensor]) -> None:
-        """Take ĝ into the buffers, in place."""
-        raise NotImplementedError
+    def _moved(self, group: Group) -> dict[str, float]:
+        """The correction, without what moves nothing."""
+        return {name: float(scale) for name, scale in self._formulas(group).correction(group).items() if scale}
 
-    def _corrects(self, group: Group) -> bool:
-        return group["norm"] != "adamw" and self.corrects(group)
+    def _corrects(self) -> bool:
+        """Whether ĝ is worth its pass."""
+        return any(map(self._moved, self.param_groups))
 
-    def _any_corrects(self) -> bool:
-        return any(map(self._corrects, self.param_groups))
+    def _with_history(self) -> dict[Tensor, bool]:
+        """The parameters whose averages move, and whether each has a gradient. Before its first gradient there are none."""
+        groups = filter(self._moved, self.param_groups)
+        return {p: p.grad is not None for group in groups for p in group["params"] if self.state[p]["steps"]}
 
-    def _check_closure(self, closure: Closure | None) -> Closure:
+    @torch.no_grad()
+    def _move_averages(self, sign: int, params: Container[Tensor], how_far: Callable[[Group], dict[str, float]]) -> None:
+        """Move the averages of these parameters along with the gradients in `.grad`, or against them (sign -1)."""
+        for group in self.param_groups:
+            scales = how_far(group)
+            members = [p for p in group["params"] if p in params and p.grad is not None and self._shares.owns(p)]
+            if scales and members:
+                buffers, gradients = self._buffers(group, members), [self._shares.gradient(p) for p in members]
+                for name, scale in scales.items():
+                    torch._foreach_add_(buffers[name], gradients, alpha=sign * scale)
+
+    def _needed(self, closure: Closure | None) -> Closure:
         if closure is None:
             raise TypeError(
                 f"{type(self).__name__}.step needs a closure that evaluates the batch's loss and calls backward(): it is "
@@ -74,25 +92,9 @@ class _TwoPasses(Gluon):
             )
         return closure
 
-    @torch.no_grad()
-    def _fold_old(self) -> dict[Tensor, bool]:
-        """Fold ĝ into the buffers that this rank owns.
-
-        Returns the parameters whose ĝ counts, and whether each had one (a missing one is 0). It does not count before the first
-        gradient of a parameter, which has nothing to correct.
-        """
-        counts: dict[Tensor, bool] = {}
-        for group in filter(self._corrects, self.param_groups):
-            counted = [p for p in group["params"] if self.state[p]["steps"] > 0]
-            counts |= {p: p.grad is not None for p in counted}
-            params = [p for p in counted if p.grad is not None and self._owns(p)]
-            if params:
-                self.fold_old(group, self._buffers(group, params), [self._gradient(p) for p in params])
-        return counts
-
 
 class _Deferred(_TwoPasses):
-    """The order of the passes in MVR-1, -2 and -3: evaluate, update, fold ĝ, evaluate again, fold g."""
+    """The order of the passes in MVR-1, -2 and -3: ĝ, update, g."""
 
     deferred = True
 
@@ -104,25 +106,34 @@ class _Deferred(_TwoPasses):
         and the first after `flush`, has no previous weights: it calls the closure once and moves nothing. Raises TypeError
         without a closure. If the second pass raises, the momentum starts anew with the next gradient.
         """
-        closure = self._check_closure(closure)
-        old_counts = self._has_pending() and self._any_corrects()
-        if old_counts:
+        closure = self._needed(closure)
+        corrected: dict[Tensor, bool] = {}
+        if self._has_pending() and self._corrects():
             random_state = _RandomState(self)
-            self._evaluate(closure)
+            self._pass(closure)
             random_state.restore()
-        self._apply_update()
-        corrected = self._fold_old() if old_counts else {}
+            self._apply_update()
+            corrected = self._with_history()
+            self._move_averages(-1, corrected, self._moved)
+        else:
+            self._apply_update()
         try:
-            loss = self._evaluate(closure)
+            loss = self._pass(closure)
         except BaseException:
             self._restart(corrected)
             raise
+        self._move_averages(+1, corrected, self._moved)
         self._fold_gradients(corrected)
         self._drop_gradients()
         return loss
 
+    def _moved(self, group: Group) -> dict[str, float]:
+        """The correction of the averages that keep some of their past: the fold loses what it moved in the others."""
+        past = self._formulas(group).averages(group)
+        return {name: scale for name, scale in super()._moved(group).items() if past[name]}
+
     def _restart(self, corrected: dict[Tensor, bool]) -> None:
-        """Restart the momenta that took in a ĝ whose g will never follow."""
+        """Restart the momenta from which a ĝ was subtracted whose g will never follow."""
         for group, p in self._params():
             if corrected.get(p, False):
                 self.state[p] |= self._fresh_scalars(group)
@@ -145,19 +156,9 @@ class GluonMVR1(_Deferred):
     def __init__(self, params: Any, lr: float = 1e-3, momentum: float = 0.9, gamma: float = 1.0, **options: Any) -> None:
         super().__init__(params, lr, momentum, gamma=gamma, **options)
 
-    def corrects(self, group: Group) -> bool:
-        """γβ > 0."""
-        return group["gamma"] * group["momentum"] > 0
-
-    def fold_old(self, group: Group, buffers: Buffers, old: list[Tensor]) -> None:
-        """M ← M - γ ĝ."""
-        torch._foreach_add_(buffers["momentum_buffer"], old, alpha=-float(group["gamma"]))
-
-    def fold_new(self, group: Group, buffers: Buffers, past: dict[str, float], gradients: list[Tensor]) -> None:
-        """M ← β M + (1-β) g + γβ g."""
-        self.fold(group, buffers, past, gradients)
-        gamma, beta = float(group["gamma"]), past["momentum_buffer"]
-        torch._foreach_add_(buffers["momentum_buffer"], gradients, alpha=gamma * beta)
+    def correction(self, group: Group) -> dict[str, float]:
+        """M ← M + γ (g - ĝ)."""
+        return {"momentum_buffer": group["gamma"]}
 
 
 class GluonMVR2(_Deferred):
@@ -178,23 +179,13 @@ class GluonMVR2(_Deferred):
         """M with β, d with 1-q."""
         return {"momentum_buffer": group["momentum"], "estimate": 1 - group["q"]}
 
-    def corrects(self, group: Group) -> bool:
-        """1-q > 0."""
-        return group["q"] < 1
+    def correction(self, group: Group) -> dict[str, float]:
+        """d ← d + (g - ĝ)."""
+        return {"estimate": 1.0}
 
     def fold(self, group: Group, buffers: Buffers, past: dict[str, float], gradients: list[Tensor]) -> None:
         """d ← (1-q) d + q g, M ← β M + (1-β) d."""
         torch._foreach_lerp_(buffers["estimate"], gradients, 1 - past["estimate"])
-        super().fold(group, buffers, past, buffers["estimate"])
-
-    def fold_old(self, group: Group, buffers: Buffers, old: list[Tensor]) -> None:
-        """d ← d - ĝ."""
-        torch._foreach_sub_(buffers["estimate"], old)
-
-    def fold_new(self, group: Group, buffers: Buffers, past: dict[str, float], gradients: list[Tensor]) -> None:
-        """d ← (1-q) d + g, M ← β M + (1-β) d."""
-        torch._foreach_mul_(buffers["estimate"], past["estimate"])
-        torch._foreach_add_(buffers["estimate"], gradients)
         super().fold(group, buffers, past, buffers["estimate"])
 
 
@@ -214,20 +205,9 @@ class GluonMVR3(GluonMVR2):
     ) -> None:
         super().__init__(params, lr, momentum, q, gamma=gamma, **options)
 
-    def corrects(self, group: Group) -> bool:
-        """1-q > 0 or γβ > 0."""
-        return super().corrects(group) or group["gamma"] * group["momentum"] > 0
-
-    def fold_old(self, group: Group, buffers: Buffers, old: list[Tensor]) -> None:
-        """d ← d - ĝ, M ← M - γ ĝ."""
-        super().fold_old(group, buffers, old)
-        torch._foreach_add_(buffers["momentum_buffer"], old, alpha=-float(group["gamma"]))
-
-    def fold_new(self, group: Group, buffers: Buffers, past: dict[str, float], gradients: list[Tensor]) -> None:
-        """d ← (1-q) d + g, M ← β M + (1-β) d + γβ g."""
-        super().fold_new(group, buffers, past, gradients)
-        gamma, beta = float(group["gamma"]), past["momentum_buffer"]
-        torch._foreach_add_(buffers["momentum_buffer"], gradients, alpha=gamma * beta)
+    def correction(self, group: Group) -> dict[str, float]:
+        """d ← d + (g - ĝ), M ← M + γ (g - ĝ)."""
+        return {"estimate": 1.0, "momentum_buffer": group["gamma"]}
 
 
 class PreviousBatchMVR(_TwoPasses):
@@ -235,8 +215,8 @@ class PreviousBatchMVR(_TwoPasses):
 
         M_k = β M_{k-1} + (1-β) g_k + γβ (g_k - ∇f(X_k; ξ_{k-1}))
 
-    A step is Gluon's, after which the same batch is evaluated again at the new weights. That gradient is the next step's ĝ, and
-    it is folded at once: M ← M - γ ĝ. So both terms of a correction have the γ of the step before.
+    A step is Gluon's, after which the same batch's gradient is taken again, at the new weights. It is the next step's ĝ and is
+    subtracted at once: M ← M - γ ĝ. The next step begins with M ← M + γ g, with the γ of the step before.
 
     Arguments: as `Gluon`, and `gamma`: γ ≥ 0.
     """
@@ -246,19 +226,9 @@ class PreviousBatchMVR(_TwoPasses):
     def __init__(self, params: Any, lr: float = 1e-3, momentum: float = 0.9, gamma: float = 0.1, **options: Any) -> None:
         super().__init__(params, lr, momentum, gamma=gamma, **options)
 
-    def corrects(self, group: Group) -> bool:
-        """γ > 0."""
-        return group["gamma"] > 0
-
-    def fold_old(self, group: Group, buffers: Buffers, old: list[Tensor]) -> None:
-        """M ← M - γ ĝ."""
-        torch._foreach_add_(buffers["momentum_buffer"], old, alpha=-float(group["gamma"]))
-
-    def fold_new(self, group: Group, buffers: Buffers, past: dict[str, float], gradients: list[Tensor]) -> None:
-        """M ← β M + (1-β) g + γβ g, with the γ that ĝ was folded with."""
-        self.fold(group, buffers, past, gradients)
-        gamma, beta = group["evaluated_gamma"], past["momentum_buffer"]
-        torch._foreach_add_(buffers["momentum_buffer"], gradients, alpha=gamma * beta)
+    def correction(self, group: Group) -> dict[str, float]:
+        """M ← M + γ (g - ĝ)."""
+        return {"momentum_buffer": group["gamma"]}
 
     @torch._disable_dynamo
     def step(self, closure: Closure | None = None) -> Any:
@@ -266,40 +236,36 @@ class PreviousBatchMVR(_TwoPasses):
 
         `closure` is called before the update and again, with the same random state, after it. Raises TypeError without one.
         """
-        closure = self._check_closure(closure)
+        closure = self._needed(closure)
         before = _RandomState(self)
-        loss = self._evaluate(closure)
-        self._fold_gradients(self._evaluated())
+        loss = self._pass(closure)
+        self._admit_replaced()
+        held = {p: self.state[p]["old"] for group, p in self._params() if group["old_gamma"] and self.state[p]["steps"]}
+        self._move_averages(+1, held, lambda group: {"momentum_buffer": group["old_gamma"]})
+        self._fold_gradients(held)
         for group in self.param_groups:
-            group["evaluated_gamma"] = 0.0
+            group["old_gamma"] = 0.0
         self._apply_update()
-        if self._any_corrects():
+        if self._corrects():
             after = _RandomState(self)
             before.restore()
-            self._evaluate(closure)
+            self._pass(closure)
             after.restore()
-            counts = self._fold_old()
+            subtracted = self._with_history()
+            self._move_averages(-1, subtracted, self._moved)
             for group, p in self._params():
-                group["evaluated_gamma"] = float(group["gamma"])
-                self.state[p]["evaluated"] = counts.get(p, False)
+                group["old_gamma"] = self._moved(group).get("momentum_buffer", 0.0)
+                self.state[p]["old"] = subtracted.get(p, False)
         self._drop_gradients()
         return loss
-
-    def _evaluated(self) -> dict[Tensor, bool]:
-        """The parameters whose momentum holds a ĝ, or would if it had not been missing."""
-        return {
-            p: self.state[p]["evaluated"]
-            for group, p in self._params()
-            if group["evaluated_gamma"] and group["norm"] != "adamw" and self.state[p]["steps"] > 0
-        }
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's."""
         super().add_param_group(param_group)
-        self.param_groups[-1].setdefault("evaluated_gamma", 0.0)
+        self.param_groups[-1].setdefault("old_gamma", 0.0)  # the γ of the ĝ that M is without; 0 if there is none
 
     def _fresh_scalars(self, group: Group) -> dict[str, Any]:
-        return super()._fresh_scalars(group) | {"evaluated": False}
+        return super()._fresh_scalars(group) | {"old": False}  # whether that ĝ was there
 
 
 class _RandomState:

@@ -7,6 +7,7 @@ end up lower. These optimizers are known to train well with that.
 """
 
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -96,7 +97,7 @@ def polar(matrix: Tensor, method: str = "polar_express", steps: int | None = Non
     tall = matrix.size(-2) > matrix.size(-1)
     x = matrix.mT if tall else matrix
     shape = x.shape
-    x = x.reshape(-1, *shape[-2:])
+    x = x.reshape(math.prod(shape[:-2]), *shape[-2:])
     # ‖X‖_F bounds every singular value.
     x = normalized(x, (-2, -1), safety, overwrite and x.dtype == dtype).to(dtype)
     x = _iterate(x, rows).view(shape)

@@ -31,7 +31,7 @@ from common.files import atomic_file
 from optim.base import LayerwiseOptimizer
 from training.ranks import Ranks
 
-_FORMAT = 2
+_FORMAT = 3
 _NAME = re.compile(r"step_(\d{7,})")
 
 
@@ -121,6 +121,11 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         if state["format"] == 1:
             raise UserError(
                 f"{checkpoint} is of an older version, in which mvr1, mvr2 and mvr3 were other algorithms; train again"
+            )
+        if state["format"] == 2:
+            raise UserError(
+                f"{checkpoint} is of an older version, which kept an optimizer's pending update in another form; continue with the "
+                "revision that environment.json names, or train again"
             )
         counts = [state[key] for name, key in _KEYS.items() if name != "seconds"]
         if state["format"] != _FORMAT or "model.safetensors" not in files or any(type(count) is not int for count in counts):

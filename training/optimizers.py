@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 
 from common.errors import UserError
 from model import GPT
-from optim import BY_NAME, Gluon, MuonMVR
-from optim.base import ADAMW, LayerwiseOptimizer
+from optim import BY_NAME, Gluon, MuonMVR, adamw
+from optim.base import LayerwiseOptimizer
 from training.config import Config
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {**BY_NAME, "adamw": Gluon}
@@ -35,7 +35,7 @@ def build_optimizer(model: GPT, config: Config) -> Optimizer:
     assert sorted(id(p) for g in groups for p in g["params"]) == sorted(id(p) for p in model.parameters())
     options: dict[str, Any] = {name: value for name in _GIVEN if (value := getattr(config, name)) is not None}
     if (config.beta1, config.beta2) != (None, None):
-        beta1, beta2 = ADAMW["betas"]
+        beta1, beta2 = adamw.DEFAULTS["betas"]
         betas = (beta1 if config.beta1 is None else config.beta1, beta2 if config.beta2 is None else config.beta2)
         options["adamw_betas" if issubclass(kind, MuonMVR) else "betas"] = betas
     if issubclass(kind, MuonMVR):

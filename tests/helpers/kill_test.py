@@ -39,7 +39,7 @@ TWO_PASSES = ("mvr1", "mvr2", "mvr3", "previous_batch")
 OPTIONS = "--steps 24 --val-every 5 --checkpoint-every 3 --val-tokens 2048"
 # The places of kills: (module, attribute). The process dies when the call begins.
 PLACES = {
-    "between the passes": ("optim.mvr", "_TwoPasses._fold_old"),
+    "between the passes": ("optim.mvr", "_TwoPasses._move_averages"),
     "in the fold": ("optim.base", "LayerwiseOptimizer._fold_gradients"),
     "in the update": ("optim.base", "LayerwiseOptimizer._apply_update"),
     "in the loss": ("model", "GPT.forward"),

@@ -67,7 +67,7 @@ class Net(nn.Module):
 
     def groups(self) -> list[dict[str, Any]]:
         return [
-            {"params": [self.first.weight, self.second.weight, self.conv.weight]},
+            {"params": [self.first.weight, self.second.weight, self.conv.weight], "view": "convolution"},
             {"params": [self.embedding.weight], "norm": "sign", "radius": 2.0},
             {"params": [self.gain], "norm": "rms", "weight_decay": 0.1},
             {"params": [self.first.bias, self.second.bias, self.conv.bias], "norm": "adamw"},

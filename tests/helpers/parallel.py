@@ -73,6 +73,7 @@ class Net(nn.Module):
         self.down = nn.Linear(8, 6, bias=False)
         self.mix = nn.Parameter(torch.ones(3, 8))
         self.skip = nn.Parameter(torch.ones(5, 8))
+        self.experts = nn.Parameter(torch.ones(5, 3, 8))  # a stack of matrices
         self.head = nn.Linear(6, 5)
         self.branch = nn.Linear(8, 8, bias=False) if branch else None
         self.wide = nn.ParameterList([torch.ones(WIDE, 8), torch.ones(8, WIDE), torch.ones(WIDE, 8)] if wide else [])
@@ -91,6 +92,7 @@ class Net(nn.Module):
             h = torch.cat([h[~used], h[used] + self.branch(h[used])])
             y = torch.cat([y[~used], y[used]])
         h = h + torch.sin(h @ self.mix.T) @ self.mix
+        h = h + torch.einsum("beo,eoi->bi", torch.tanh(torch.einsum("bi,eoi->beo", h, self.experts)), self.experts) / 10
         if len(self.wide):
             there, back, table = self.wide
             h = h + torch.tanh(h @ there.T) @ back.T / 100
@@ -106,6 +108,7 @@ def groups(net: Net, decay: float) -> list[dict]:
         {"params": matrices, "norm": "spectral", "weight_decay": decay, "radius": 2.0},
         {"params": [net.head.weight, *net.wide[2:]], "norm": "sign", "weight_decay": decay},
         {"params": [net.skip], "norm": "colnorm"},
+        {"params": [net.experts], "norm": "spectral", "view": "stack", "weight_decay": decay},
         {"params": [net.gain], "norm": "rms"},
         {"params": [net.up.bias, net.head.bias], "norm": "adamw", "weight_decay": decay},
     ]

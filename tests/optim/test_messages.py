@@ -121,7 +121,7 @@ def test_a_step_with_fsdp2_is_an_all_to_all_each_way(weights, world):
             optimizer.step()
         sent, got = [], []
         for members in ([p for p in sharded["blocks"] if p.numel() == n] for n in (SQUARE, TALL)):
-            owned = [p for p in members if optimizer._owners.owner(p) == me]
+            owned = [p for p in members if optimizer._shares.owner(p) == me]
             assert len(owned) in (len(members) // world, math.ceil(len(members) / world)), "an even share of the work"
             pieces, whole = sum(p.numel() // world for p in members), sum(p.numel() for p in owned)
             sent += [pieces * 4, (whole + world * len(owned)) * size]

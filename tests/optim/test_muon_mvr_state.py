@@ -24,7 +24,7 @@ def test_groups_with_use_muon():
     conv, table = nn.Parameter(torch.ones(4, 2, 3)), nn.Parameter(torch.ones(9, 2))
     optimizer = MuonMVR(
         [
-            {"params": [net.first.weight, conv], "use_muon": True, "momentum": 0.8, "ns_steps": 6},
+            {"params": [net.first.weight, conv], "view": "convolution", "use_muon": True, "momentum": 0.8, "ns_steps": 6},
             {"params": [table, net.gain], "use_muon": False, "lr": 0.5, "adamw_betas": (0.5, 0.6)},
             {"params": [net.second.weight, net.first.bias], "lr": 0.25},
         ],

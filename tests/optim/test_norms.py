@@ -11,7 +11,7 @@ from torch.optim._muon import _adjust_lr
 
 import optim.polar
 from optim import Gluon
-from optim.norms import NORMS, SCALES, get_norm, spectral_factor
+from optim.norms import NORMS, SCALES, VIEWS, get_norm, spectral_factor
 from optim.polar import METHODS, has_bfloat16_units, polar, work_dtype
 
 settings.register_profile("optim", deadline=None, derandomize=True, max_examples=60, database=None)
@@ -49,12 +49,13 @@ def inner(a: Tensor, b: Tensor) -> float:
     return float((a.double() * b.double()).sum())
 
 
-def exact(name, m, scale="scion"):
-    return get_norm(name, m.shape, scale, "svd")
+def exact(name, m, scale="scion", view="convolution"):
+    return get_norm(name, m.shape, scale, "svd", view=view)
 
 
 names = pytest.mark.parametrize("name", NORMS)
 MATRIX_NORMS = ("spectral", "colnorm", "rownorm")
+views = st.sampled_from(VIEWS)
 
 
 # ---- the LMO --------------------------------------------------------------------------------------------------------------
@@ -64,7 +65,7 @@ MATRIX_NORMS = ("spectral", "colnorm", "rownorm")
 @given(data=st.data())
 def test_lmo_attains_the_dual_norm_inside_the_ball(name, data):
     m = data.draw(tensors(vectors=name not in MATRIX_NORMS))
-    norm = exact(name, m, data.draw(st.sampled_from(SCALES)))
+    norm = exact(name, m, data.draw(st.sampled_from(SCALES)), data.draw(views))
     z = norm.lmo(m)
     tolerance = ROUNDING[m.dtype]
     assert z.shape == m.shape and z.dtype == m.dtype
@@ -76,7 +77,7 @@ def test_lmo_attains_the_dual_norm_inside_the_ball(name, data):
 @given(data=st.data())
 def test_no_point_of_the_ball_is_better(name, data):
     m = data.draw(tensors((torch.float64,), vectors=name not in MATRIX_NORMS))
-    norm = exact(name, m)
+    norm = exact(name, m, view=data.draw(views))
     point = gaussian(m.shape, data.draw(st.integers(0, 10**6)))
     point /= norm.norm(point)
     assert abs(inner(m, point)) <= float(norm.dual_norm(m)) * (1 + 1e-12)
@@ -88,8 +89,8 @@ def test_no_point_of_the_ball_is_better(name, data):
 def test_inputs_are_not_modified(name, data):
     m = data.draw(tensors(vectors=name not in MATRIX_NORMS))
     kept = m.clone()
-    norm = get_norm(name, m.shape, polar=data.draw(st.sampled_from(METHODS)))
-    for result in (norm.lmo(m), norm.norm(m), norm.dual_norm(m), norm.direction(m.flatten(1) if m.ndim > 2 else m)):
+    norm = get_norm(name, m.shape, polar=data.draw(st.sampled_from(METHODS)), view=data.draw(views))
+    for result in (norm.lmo(m), norm.norm(m), norm.dual_norm(m), norm.direction(norm.matrix(m))):
         assert result.numel() == 0 or result.data_ptr() != m.data_ptr()
         assert torch.equal(m, kept)
 
@@ -100,7 +101,7 @@ def test_scale_invariance(name, data):
     """lmo(s·M) = lmo(M), bit for bit, also in float32, where the squares of 3e20 and 3e-21 are out of range."""
     m = data.draw(tensors((torch.float32, torch.float64), vectors=name not in MATRIX_NORMS))
     method = data.draw(st.sampled_from(["polar_express", "newton_schulz"]))
-    norm = get_norm(name, m.shape, polar=method)
+    norm = get_norm(name, m.shape, polar=method, view=data.draw(views))
     for power in (2.0**68, 2.0**-68):
         assert torch.equal(norm.lmo(m * power), norm.lmo(m))
         assert norm.norm(m * power).item() == pytest.approx(norm.norm(m).item() * power, rel=1e-5)
@@ -122,8 +123,9 @@ def test_duality_far_from_one(name, scale):
 @names
 def test_zero(name, shape, method, dtype):
     m = torch.zeros(shape, dtype=dtype)
-    norm = get_norm(name, m.shape, polar=method)
-    assert not norm.lmo(m).any() and norm.norm(m) == 0 and norm.dual_norm(m) == 0
+    for view in VIEWS:
+        norm = get_norm(name, m.shape, polar=method, view=view)
+        assert not norm.lmo(m).any() and norm.norm(m) == 0 and norm.dual_norm(m) == 0
 
 
 @names
@@ -169,9 +171,30 @@ def test_convolutions():
         assert torch.allclose(exact(name, m).lmo(m).flatten(1), exact(name, flat).lmo(flat), rtol=0, atol=1e-14)
 
 
+@names
+def test_a_stack_is_matrices_with_a_ball_each(name):
+    m = gaussian((2, 3, 8, 5))
+    stack, one = exact(name, m, view="stack"), exact(name, m[0, 0])
+    members = m.flatten(0, 1)
+    assert torch.allclose(stack.lmo(m).flatten(0, 1), torch.stack([one.lmo(x) for x in members]), rtol=0, atol=1e-13)
+    assert float(stack.norm(m)) == pytest.approx(max(float(one.norm(x)) for x in members), rel=1e-12)
+    assert float(stack.dual_norm(m)) == pytest.approx(sum(float(one.dual_norm(x)) for x in members), rel=1e-12)
+
+
+@names
+def test_three_dimensions_must_be_declared(name):
+    """(experts, d_out, d_in) is not silently flattened like a convolution. Norms that see no matrix do not mind."""
+    if name in ("frobenius", "rms"):
+        assert get_norm(name, torch.Size((4, 3, 2))).name == name
+        return
+    with pytest.raises(ValueError, match=r"\(4, 3, 2\) may be .* put view='convolution' or view='stack' into its group"):
+        get_norm(name, torch.Size((4, 3, 2)))
+    assert not get_norm(name, torch.Size((4, 3, 2, 2))).stack, "four dimensions are a convolution"
+
+
 def test_auto_goes_by_shape():
     kinds = {(): "rms", (5,): "rms", (5, 3): "spectral", (5, 3, 2): "spectral", (5, 3, 2, 2): "spectral"}
-    assert {shape: get_norm("auto", torch.Size(shape)).name for shape in kinds} == kinds
+    assert {shape: get_norm("auto", torch.Size(shape), view="stack").name for shape in kinds} == kinds
 
 
 # ---- initialisation -------------------------------------------------------------------------------------------------------
@@ -182,7 +205,7 @@ def test_auto_goes_by_shape():
 def test_init_is_on_the_sphere(name, data):
     w = data.draw(tensors(vectors=name not in MATRIX_NORMS))
     radius = data.draw(st.sampled_from([0.01, 1.0, 50.0]))
-    norm = get_norm(name, w.shape)
+    norm = get_norm(name, w.shape, view=data.draw(views))
     seed = data.draw(st.integers(0, 100))
     assert norm.init(w, radius, torch.Generator().manual_seed(seed)) is w
     assert float(norm.norm(w)) == pytest.approx(radius, rel=ROUNDING[w.dtype])

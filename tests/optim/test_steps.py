@@ -97,7 +97,7 @@ def test_zero_gradients(variant, norm, polar):
 def test_empty_parameters(variant, shape):
     """They are accepted next to other parameters and in a group of their own."""
     p, empty, lone = nn.Parameter(torch.ones(2, 3)), nn.Parameter(torch.ones(shape)), nn.Parameter(torch.ones(shape))
-    optimizers = [VARIANTS[variant]([p, lone], norm="auto")] if variant != "muon_mvr" else []
+    optimizers = [VARIANTS[variant]([p, lone], norm="auto", view="stack")] if variant != "muon_mvr" else []
     if variant != "muon_mvr":
         optimizers[0].add_param_group({"params": [empty], "norm": "adamw"})
     else:
@@ -375,3 +375,37 @@ def test_nothing_is_pending_after_a_flush(cls):
     assert optimizer.param_groups[0]["pending"] and optimizer.updates == 0
     optimizer.flush()
     assert not optimizer.param_groups[0]["pending"] and optimizer.updates == 1
+
+
+@pytest.mark.parametrize("norm", ["spectral", "sign", "colnorm", "rownorm", "frobenius", "rms"])
+@variants
+def test_a_stack_moves_like_its_matrices(variant, norm):
+    """The weights of experts, (experts, d_out, d_in): each has its own polar factor and the factor of its own shape."""
+    generator = torch.Generator().manual_seed(5)
+    start = torch.randn(3, 6, 4, generator=generator, dtype=torch.float64)
+    targets = [torch.randn(3, 6, 4, generator=generator, dtype=torch.float64) for _ in range(5)]
+    stack, matrices = nn.Parameter(start.clone()), [nn.Parameter(m.clone()) for m in start]
+    options = {"lr": 0.1, "weight_decay": 0.3, "norm": norm}
+    together, apart = VARIANTS[variant]([stack], view="stack", **options), VARIANTS[variant](matrices, **options)
+    for target in targets:
+        together.step(lambda target=target: (stack - target).pow(4).sum().backward())
+        apart.step(lambda target=target: (torch.stack(list(matrices)) - target).pow(4).sum().backward())
+        assert distance([stack.detach()], [torch.stack(matrices).detach()]) < 1e-12
+
+
+def test_new_parameters_in_a_group_get_their_state():
+    """Frameworks replace the parameters of a group after construction, as accelerate does for FSDP2."""
+    for variant in ALL:
+        net, other = Net(), Net()
+        optimizer = make(variant, net)
+        optimizer.step(closure_of(net, 0))
+        new = dict(zip(net.parameters(), other.parameters(), strict=True))
+        for group in optimizer.param_groups:
+            group["params"] = [new[p] for p in group["params"]]
+        fresh, twin = make(variant, third := Net()), third
+        optimizer.flush()
+        for k in range(3):
+            optimizer.step(closure_of(other, k))
+            fresh.step(closure_of(twin, k))
+        assert set(optimizer.state) == set(other.parameters()), "nothing is left of the old ones"
+        assert distance(weights(other), weights(twin)) < 1e-12

@@ -208,13 +208,13 @@ def test_profiler_names(variant):
 def test_named_parameters(variant):
     """The names stay with the groups, also through a state_dict, and change nothing else."""
     nets = Net(), Net()
-    plain = CLASSES[variant](nets[0].parameters(), norm="auto")
-    named = CLASSES[variant](nets[1].named_parameters(), norm="auto")
+    plain = CLASSES[variant](nets[0].parameters(), norm="auto", view="convolution")
+    named = CLASSES[variant](nets[1].named_parameters(), norm="auto", view="convolution")
     assert named.param_groups[0]["param_names"] == [name for name, _ in nets[1].named_parameters()]
     assert same_path(train(nets[0], plain, range(3)), train(nets[1], named, range(3)))
     state = named.state_dict()
     assert state["param_groups"][0]["param_names"][0] == "gain"
-    other = CLASSES[variant](Net().named_parameters(), norm="auto")
+    other = CLASSES[variant](Net().named_parameters(), norm="auto", view="convolution")
     other.load_state_dict(state)
     assert other.param_groups[0]["param_names"] == named.param_groups[0]["param_names"]
     named.add_param_group({"params": [("late", nn.Parameter(torch.ones(2, 2)))]})
@@ -230,7 +230,7 @@ def test_groups_from_generators_and_single_tensors(variant):
         if variant == "muon_mvr":
             optimizer = MuonMVR(params)
         else:
-            optimizer = VARIANTS[variant](params, norm="auto")
+            optimizer = VARIANTS[variant](params, norm="auto", view="convolution")
         assert sum(len(g["params"]) for g in optimizer.param_groups) == len(list(net.parameters()))
         optimizer.step(closure_of(net, 0))
 
@@ -241,7 +241,11 @@ def test_late_groups(variant):
     net = Net()
     late = [net.second.weight, net.second.bias]
     early = [p for p in net.parameters() if not any(p is q for q in late)]
-    build = partial(MuonMVR, is_approx=True) if variant == "muon_mvr" else partial(VARIANTS[variant], norm="auto")
+    build = (
+        partial(MuonMVR, is_approx=True)
+        if variant == "muon_mvr"
+        else partial(VARIANTS[variant], norm="auto", view="convolution")
+    )
     optimizer = build(early, lr=0.02)
     before = [p.detach().clone() for p in late]
     for k in range(2):
