@@ -124,8 +124,8 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
             )
         if state["format"] == 2:
             raise UserError(
-                f"{checkpoint} is of an older version, which kept an optimizer's pending update in another form; continue with the "
-                "revision that environment.json names, or train again"
+                f"{checkpoint} is of an older version, which kept an optimizer's pending update in another form; continue "
+                "with the revision that environment.json names, or train again"
             )
         counts = [state[key] for name, key in _KEYS.items() if name != "seconds"]
         if state["format"] != _FORMAT or "model.safetensors" not in files or any(type(count) is not int for count in counts):
