@@ -74,7 +74,7 @@ DAMAGES = {
     "bytes for a state": lambda folder: (folder / "state.json").write_bytes(bytes(range(256))),
     "a list for a state": lambda folder: (folder / "state.json").write_text("[1, 2]"),
     "nested brackets": lambda folder: (folder / "state.json").write_text("[" * 100_000),
-    "another format": edit_state(4),
+    "another format": edit_state(format=4),
     "an older format": edit_state(format=1),
     "a step in words": edit_state(step="six"),
     "no files": edit_state(files={}),
