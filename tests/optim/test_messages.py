@@ -15,8 +15,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import GPT, GPTConfig
-from optim import Gluon, GluonMVR2
+from optim import Gluon, GluonMVR2, SingleBatchMVR
 from optim.polar import has_bfloat16_units
+from tests.optim.test_memory import Census
 
 SQUARE, TALL, EMBEDDING = 768 * 768, 3072 * 768, 50304 * 768
 SQUARES, TALLS = 48, 24  # and one embedding
@@ -129,3 +130,36 @@ def test_a_step_with_fsdp2_is_an_all_to_all_each_way(weights, world):
     assert [name for name, *_ in messages.seen] == ["alltoall_base"] * 4
     expected = sorted((min(pair), max(pair)) for pair in zip(sent, got, strict=True))
     assert sorted((low, high) for _, low, high in messages.seen) == expected
+
+
+@pytest.mark.parametrize("how", ["replicated", "sharded"])
+def test_only_messages_wait(how):
+    """While a message travels, a bucket holds what it sends and what it will get, and no inputs or directions."""
+    world, shape, count = 2, (64, 96), 4
+    with rank_of(0, world):
+        params = [nn.Parameter(torch.randn(shape, dtype=torch.bfloat16)) for _ in range(count)]
+        if how == "sharded":
+            mesh = init_device_mesh("cpu", (world,))
+            params = [nn.Parameter(DTensor.from_local(p.detach().chunk(world)[0], mesh, [Shard(0)])) for p in params]
+        optimizer = SingleBatchMVR(params, gamma=0.5, lr=0.0)  # its LMO's inputs are new tensors
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer._fold_gradients()
+        (task,) = optimizer._tasks()
+        one, size = math.prod(shape), 2 if has_bfloat16_units(torch.device("cpu")) else 4
+        mine = count // world  # matrices that this rank computes, and of each of the others it has a share
+        buffers = [state["momentum_buffer"] for state in optimizer.state.values() if "momentum_buffer" in state]
+        held = [t.to_local() if isinstance(t, DTensor) else t for t in (*params, *(p.grad for p in params), *buffers)]
+        with torch.no_grad(), Census(held) as census:
+            before = census.now()
+            if how == "sharded":
+                assert next(task, "done") is None
+                assert census.now() - before == 2 * count * one // world * 4, "the momenta's pieces, sent and received"
+                assert next(task, "done") is None
+                assert census.now() - before == (mine * one + world * mine + count * one // world + count) * size
+            else:
+                assert next(task, "done") is None
+                assert census.now() - before == (1 + world) * mine * (one + 1) * size
+            assert next(task, "done") == "done"
+            del task
+            assert census.now() == before
