@@ -1,27 +1,21 @@
 """Where does the correction pay? Maps the loss of MVR-1 and MVR-2 minus Gluon's over lr and the weight of the new gradient.
 
     python -m experiments.beta_lr --plan              what would run, and for how long
-    python -m experiments.beta_lr --jobs 2            run or resume, measure the noise, draw; about 1.5 hours of one core
+    python -m experiments.beta_lr --jobs 2            run or resume, and draw; about 1.5 hours of one core
     python -m experiments.beta_lr --plot-only         draw again, from the packed records
 
 MVR-1 (γ = 1) runs over (lr, β) and is compared with Gluon at the same lr and β. MVR-2 runs over (lr, q) at β = 0.9 and is
 compared with Gluon at that lr and β = 0.9. Both maps show two horizons, a fifth of the run and its end; the lr is constant, so
 the start of a run is the same as a shorter run.
-
-The maps test a claim. The noise S of g - ĝ enters every step and lasts as long as the average's memory. So the correction
-should pay where S/σ is below the weight of the new gradient, 1-β or q (σ is the noise of g). S/σ is measured in a run of Gluon
-at each lr (experiments.noise), as the median over layers and over the second half of the run. The dotted line is S/σ; the
-claim says that the differences above the line are negative.
 """
 
 import json
 import math
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError, as_written, one_line_errors, positive
+from common.errors import UserError, one_line_errors, positive
 from common.files import write_text
 from common.jsons import jsonable
 from common.pictures import INK, LOOK, pyplot
@@ -29,7 +23,6 @@ from common.tables import markdown
 from experiments.comparison import CONFIG, study_parser
 from experiments.figures import ASSUMED_TOKENS, Folders, duration
 from experiments.intervals import interval
-from experiments.noise import noise_ratio
 from experiments.run_jobs import CONTINUES, ROOT, Job, plan_of, run_all
 from experiments.setup import evaluations
 from training.config import load_config
@@ -39,7 +32,7 @@ BETAS = (0.05, 0.2, 0.5, 0.8, 0.9)
 QS = (0.2, 0.35, 0.5, 0.8)
 WEIGHTS = {"mvr1": tuple(sorted(round(1 - beta, 6) for beta in BETAS)), "mvr2": QS}  # of the new gradient; rows of a map
 STEPS, SHARE = 600, 5  # the long horizon, and how much shorter the other is
-BATCH, NOISE_STEPS, POOL = 8, 60, 8
+BATCH = 8
 
 Cell = tuple[str, float, float]  # method, lr, and β (gluon, mvr1) or q (mvr2)
 
@@ -93,39 +86,13 @@ def _gap(variant: float, baseline: float) -> float:
     return variant - baseline if math.isfinite(variant) and math.isfinite(baseline) else math.inf
 
 
-def noise(path: Path, words: list[str]) -> dict[float, float]:
-    """S/σ at each lr. Values that the file lacks are measured and added to it."""
-    with as_written(path, "remove it, and it is measured again"):
-        held = {float(lr): float(ratio) for lr, ratio in json.loads(path.read_text()).items()} if path.exists() else {}
-    for lr in LRS:
-        if lr not in held:
-            options = [f"--lr={lr}", f"--batch-size={BATCH}", f"--steps={NOISE_STEPS}", *words]
-            config = load_config(["--config", str(ROOT / CONFIG), *options])
-            held[lr] = noise_ratio(config, POOL)
-            print(f"lr {lr:g}: S/σ = {held[lr]:.4g}", flush=True)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(path, json.dumps({f"{key:g}": float(f"{held[key]:.4g}") for key in sorted(held)}) + "\n")
-    return held
-
-
-def verdict(rows: list[dict[str, Any]], ratios: dict[float, float]) -> str:
-    """In how many cells the claim predicts the sign, in words."""
-    right = sum((row["difference"].mean < 0) == (ratios[row["lr"]] < row["weight"]) for row in rows)
-    below = sum(row["difference"].mean < 0 for row in rows)
-    predicted = sum(ratios[row["lr"]] < row["weight"] for row in rows)
-    return (
-        f"The correction lowers the loss in {below} of {len(rows)} cells. The claim says {predicted}, "
-        f"and its sign is right in {right}."
-    )
-
-
-def page(rows: list[dict[str, Any]], ratios: dict[float, float]) -> str:
+def page(rows: list[dict[str, Any]]) -> str:
     """The maps as Markdown."""
     names = {"mvr1": "MVR-1 minus Gluon at the same β; rows: 1-β", "mvr2": "MVR-2 minus Gluon, β = 0.9; rows: q"}
     seeds = max(row["difference"].n for row in rows)
     made = f"Made by `python -m experiments.beta_lr`, {seeds} seed{'s' * (seeds > 1)}. Below zero: the correction helps."
     out = ["# Where the correction pays", "", made]
-    out += ["", markdown([["", *(f"lr {lr:g}" for lr in LRS)], ["S/σ", *(f"{ratios[lr]:.2f}" for lr in LRS)]])]
+    out.append("")
     for horizon in sorted({row["horizon"] for row in rows}):
         for method, name in names.items():
             mine = [row for row in rows if row["method"] == method and row["horizon"] == horizon]
@@ -136,11 +103,13 @@ def page(rows: list[dict[str, Any]], ratios: dict[float, float]) -> str:
                 }
                 table.append([f"{weight:g}", *(line.get(lr, "") for lr in LRS)])
             if mine:
-                out += [f"## {name}, {horizon:,} updates", "", markdown(table), verdict(mine, ratios), ""]
+                below = sum(row["difference"].mean < 0 for row in mine)
+                count = f"The correction lowers the loss in {below} of {len(mine)} cells."
+                out += [f"## {name}, {horizon:,} updates", "", markdown(table), count, ""]
     return "\n".join([*out, "![the maps](map.png)", ""])
 
 
-def draw(rows: list[dict[str, Any]], ratios: dict[float, float], out: Path) -> None:
+def draw(rows: list[dict[str, Any]], out: Path) -> None:
     """Draw four maps: two methods, two horizons."""
     plt = pyplot()
     horizons = sorted({row["horizon"] for row in rows})
@@ -160,23 +129,15 @@ def draw(rows: list[dict[str, Any]], ratios: dict[float, float], out: Path) -> N
                     colour = "white" if abs(grid[y][x]) > 0.7 * most else INK
                     panel.text(x, y, shown, ha="center", va="center", fontsize=9, color=colour)
                 picture = panel.imshow(grid, cmap="RdBu_r", vmin=-most, vmax=most, origin="lower", aspect="auto", alpha=0.8)
-                panel.plot(range(len(LRS)), [_place(ratios[lr], weights) for lr in LRS], ":", color=INK, lw=2)
                 panel.set_xticks(range(len(LRS)), [f"{lr:g}" for lr in LRS])
                 panel.set_yticks(range(len(weights)), [f"{weight:g}" for weight in weights])
-                panel.set(xlabel="lr", ylabel="1-β" if method == "mvr1" else "q", ylim=(-0.5, len(weights) - 0.5))
+                panel.set(xlabel="lr", ylabel="1-β" if method == "mvr1" else "q")
                 name = "MVR-1 minus Gluon at this β" if method == "mvr1" else "MVR-2 minus Gluon, β = 0.9"
                 panel.set_title(f"{name}, {horizon:,} updates", fontsize=11, loc="left")
                 panel.tick_params(length=0)
-        figure.colorbar(picture, ax=panels, label="validation loss minus Gluon's (dotted: S/σ)", shrink=0.7)
+        figure.colorbar(picture, ax=panels, label="validation loss minus Gluon's", shrink=0.7)
         figure.savefig(out, dpi=130)
         plt.close(figure)
-
-
-def _place(ratio: float, weights: Sequence[float]) -> float:
-    """The position of a number among the rows of a map, interpolated on a logarithmic scale."""
-    logs, x = [math.log(weight) for weight in weights], math.log(ratio)
-    i = max(1, min(len(logs) - 1, sum(log < x for log in logs)))
-    return i - 1 + (x - logs[i - 1]) / (logs[i] - logs[i - 1])
 
 
 def main(argv: list[str]) -> None:
@@ -204,11 +165,11 @@ def main(argv: list[str]) -> None:
     if not rows:
         raise UserError("no pair of runs is done yet; leave out --plot-only")
     out = folders.results / "map"
-    ratios = noise(out / "noise.json", [])
-    draw(rows, ratios, out / "map.png")
+    out.mkdir(parents=True, exist_ok=True)
+    draw(rows, out / "map.png")
     write_text(out / "map.json", json.dumps(jsonable(rows), indent=1) + "\n")
-    write_text(out / "README.md", page(rows, ratios))
-    print(page(rows, ratios))
+    write_text(out / "README.md", page(rows))
+    print(page(rows))
 
 
 if __name__ == "__main__":

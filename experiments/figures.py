@@ -11,9 +11,10 @@ the variants take two gradients a step. Figures 1 and 2 show MVR-1 at B = 512 an
 q = 0.5 and α = 0.8, in both readings of α. Where a caption gives no β or q, the figure shows several instead of a choice.
 
 `full` is GPT-124M on FineWeb-10B (configs/gluon_b512.py). `mini` is the byte model of configs/mini_gluon.py at lr 2.5e-4:
-8 sequences a step stand for B = 512, 2 for B = 128. A seed sets the initial weights and the order of the data for all arms.
-Differences are paired by seed, with 95% intervals (Student's t). At mini scale the baseline of figures 1 to 3 runs twice as
-long, so that the end of a variant's run can be compared with Gluon at equal gradients.
+8 sequences a step stand for B = 512, 2 for B = 128. `matched` is the same model with 64 and 16 sequences: 64 are near its
+gradient noise scale, as 512 are believed to be near that of GPT-124M. A seed sets the initial weights and the order of the data
+for all arms. Differences are paired by seed, with 95% intervals (Student's t). On the small model the baseline of figures 1 to
+3 runs longer, twice as long if the text lasts, so that a variant's run can be compared with Gluon at equal gradients.
 
 Runs go to runs/figures/, and what they measured is packed in results/figures/. Mini seconds are calibrated
 (experiments.calibrate). Everything after `--` goes to train_gpt.py. A run takes one GPU. To give it several, start the commands
@@ -48,7 +49,7 @@ from training.config import Config, load_config
 from training.metrics import PEAK_FLOPS
 
 LR = 2.5e-4
-TEXT_STEPS = {8: 11000, 2: 44000}  # the longest run that the embedded text allows, by batch size
+TEXT_STEPS = {2: 44000, 8: 11000, 16: 5600, 64: 1400}  # the longest run that the embedded text allows, by batch size
 ASSUMED_TOKENS = 14000  # per second on one core, each evaluated once
 PEAK, SHARE = PEAK_FLOPS["H100"], 0.4  # FLOP/s, and the assumed share of it
 SHARD = 100_000_000
@@ -68,7 +69,7 @@ MVR3 = tuple(
 
 @dataclass(frozen=True)
 class Figure:
-    """`batch`: sequences a step at mini and at full scale. `steps`, `baseline_steps`: updates at mini scale."""
+    """`batch`: sequences a step, by scale. `steps`, `baseline_steps`: updates at mini scale."""
 
     title: str
     batch: Mapping[str, int]
@@ -77,7 +78,9 @@ class Figure:
     baseline_steps: int = 2000
 
 
-B512, B128 = {"mini": 8, "full": 512}, {"mini": 2, "full": 128}
+SCALES = ("full", "mini", "matched")
+MATCHED_STEPS = 1000
+B512, B128 = {"mini": 8, "matched": 64, "full": 512}, {"mini": 2, "matched": 16, "full": 128}
 FIGURES = {
     1: Figure("Figure 1: Gluon and MVR-1, B = 512", B512, MVR1),
     2: Figure("Figure 2: Gluon and MVR-1, B = 128", B128, MVR1),
@@ -98,16 +101,17 @@ def plan(number: int, scale: str, seeds: int, steps: int | None, folders: Folder
     """What a figure runs at a scale."""
     figure = FIGURES[number]
     batch = figure.batch[scale]
-    if scale == "mini":
-        common, config = {"lr": LR, "batch_size": batch}, CONFIG
-    else:
+    if scale == "full":
         common, config = {}, f"configs/gluon_b{batch}.py"
-    length = steps or (figure.steps if scale == "mini" else load_config(["--config", str(ROOT / config)]).steps)
+        length = steps or load_config(["--config", str(ROOT / config)]).steps
+    else:
+        common, config = {"lr": LR, "batch_size": batch}, CONFIG
+        length = steps or (figure.steps if scale == "mini" else min(figure.steps, MATCHED_STEPS))
     arms = tuple(
         _with(replace(arm, options={**arm.options, **common}, config=config), extra) for arm in (GLUON, *figure.variants)
     )
     lengths = {arm.key: length for arm in arms}
-    if scale == "mini":
+    if scale != "full":
         lengths["gluon"] = min(length * figure.baseline_steps // figure.steps, TEXT_STEPS[batch])
     place = Path("figures") / scale / f"b{batch}"
     title = f"{figure.title}, {scale} scale"
@@ -236,20 +240,20 @@ def main(argv: list[str]) -> None:
     own, extra = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
     parser = study_parser("figures", __doc__)
     parser.add_argument("--figure", type=int, choices=tuple(FIGURES), required=True)
-    parser.add_argument("--scale", choices=("full", "mini"), default="full")
-    parser.add_argument("--seeds", type=positive, help="number of seeds, from 0 on (default: 1 at full size, 5 at mini)")
-    parser.add_argument("--steps", type=positive, help="updates (default: the config's; mini: 1000, figure 4: 3000)")
+    parser.add_argument("--scale", choices=SCALES, default="full")
+    parser.add_argument("--seeds", type=positive, help="number of seeds, from 0 on (default: full 1, mini 5, matched 3)")
+    parser.add_argument("--steps", type=positive, help="updates (default: the config's; else 1000, mini figure 4: 3000)")
     parser.add_argument("--only", nargs="+", metavar="ARM", help="run only these arms")
     parser.add_argument("--dry-run", action="store_true", help="print what would run, and how long it takes")
     parser.add_argument("--plot-only", action="store_true", help="draw what is there")
     arguments = parser.parse_args(own)
     scale, folders = arguments.scale, Folders(arguments.runs, arguments.results)
-    seeds = arguments.seeds or (5 if scale == "mini" else 1)
+    seeds = arguments.seeds or {"full": 1, "mini": 5, "matched": 3}[scale]
     comparison = plan(arguments.figure, scale, seeds, arguments.steps, folders, extra_options(extra))
     if wrong := set(arguments.only or ()) - {arm.key for arm in comparison.arms}:
         raise UserError(f"no arm {min(wrong)}; the arms are {', '.join(arm.key for arm in comparison.arms)}")
     calibration = arguments.results / "figures" / "calibration.json"
-    speed = read_speed(calibration, FIGURES[arguments.figure].batch[scale], comparison.arms) if scale == "mini" else None
+    speed = read_speed(calibration, FIGURES[arguments.figure].batch[scale], comparison.arms) if scale != "full" else None
     if arguments.dry_run:
         print(dry_run(comparison, scale, speed))
         return
@@ -258,7 +262,7 @@ def main(argv: list[str]) -> None:
             print(dry_run(comparison, scale, None))
             _need_gpu()
         jobs = [job for job in comparison.jobs() if not arguments.only or job.folder.parent.name in arguments.only]
-        run_all(jobs, arguments.jobs if scale == "mini" else 1)
+        run_all(jobs, arguments.jobs if scale != "full" else 1)
     if not comparison.curves(comparison.baseline):
         raise UserError(f"no run of figure {arguments.figure}'s baseline is done yet; leave out --plot-only and --only")
     out = arguments.results / "figures" / f"figure{arguments.figure}_{scale}"

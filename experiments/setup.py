@@ -17,9 +17,10 @@ def evaluations(optimizer: str, updates: int) -> int:
 
 
 def build(config: Config, device: torch.device | str = "cpu") -> tuple[GPT, torch.optim.Optimizer]:
-    """Model and optimizer, seeded."""
+    """Model and optimizer, seeded. The model is float32, or float64 if the config says so."""
     torch.manual_seed(config.seed)
-    model = GPT(GPTConfig(config.vocab_size, config.n_layer, config.n_head, config.d_model, config.seq_len)).to(device)
+    model = GPT(GPTConfig(config.vocab_size, config.n_layer, config.n_head, config.d_model, config.seq_len))
+    model.to(device, torch.float64 if config.dtype == "float64" else torch.float32)
     return model, build_optimizer(model, config)
 
 

@@ -105,7 +105,7 @@ def test_tuning_and_evaluation_share_no_seed():
 
 
 @pytest.mark.parametrize("figure", [1, 2, 3, 4])
-@pytest.mark.parametrize("scale", ["full", "mini"])
+@pytest.mark.parametrize("scale", figures.SCALES)
 def test_dry_run(figure, scale, tmp_path, capsys):
     folders = ["--results", str(tmp_path / "results"), "--runs", str(tmp_path / "runs")]
     figures.main(["--figure", str(figure), "--scale", scale, "--dry-run", *folders])
@@ -118,6 +118,8 @@ def test_dry_run(figure, scale, tmp_path, capsys):
         assert "10,199" in text and "2,673,868,800" in text and "8 GPUs" in text
     if scale == "mini" and figure == 4:
         assert "3,000" in text and "5,999" in text
+    if scale == "matched":
+        assert f"--batch-size={16 if figure == 2 else 64}" in text and "1,999" in text
     assert not (tmp_path / "results").exists()
 
 
@@ -152,14 +154,13 @@ DAMAGED = {  # the files that a study reads, and what reads them
     "sweep/best.json": (sweep, "--evaluate"),
     "sweep/a.Class.jsonl": (sweep, "--plan"),
     "figures/mini/b8/gluon.jsonl": (figures, "--figure 3 --scale mini --steps 2 --plot-only"),
-    "map/noise.json": (beta_lr, "--steps 5 --plot-only"),
     "rates.json": (rates, "--replot"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", '{"batches": {"8": {}}, "gluon": {}, "lr": [1]}'])
 @pytest.mark.parametrize("name", DAMAGED)
-def test_a_damaged_file_is_one_line(tmp_path, monkeypatch, name, text):
+def test_a_damaged_file_is_one_line(tmp_path, name, text):
     (module, words), path = DAMAGED[name], tmp_path / name
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".jsonl":  # its lines are checked elsewhere
@@ -167,7 +168,6 @@ def test_a_damaged_file_is_one_line(tmp_path, monkeypatch, name, text):
         runs = [{"run": run, "config": {}, "environment": {}, "metrics": [old]} for run in ("seed0", "trial00")]
         text = "\n".join(map(json.dumps, runs))
     path.write_text(text)
-    monkeypatch.setattr(beta_lr, "differences", lambda *_: [{}])  # as if there were runs
     places = ["--out", str(tmp_path)] if module is rates else ["--results", str(tmp_path), "--runs", str(tmp_path / "runs")]
     with pytest.raises(UserError, match=f"{path.name} is damaged or was written by another version") as caught:
         module.main([*words.split(), *places])
@@ -334,7 +334,7 @@ def test_the_leaderboard_agrees_with_the_records():
     assert not wrong, f"run python -m experiments.leaderboard: {', '.join(wrong)} differs from the records"
 
 
-STUDIES = ["calibrate", "figures", "leaderboard", "limit", "beta_lr", "rates", "sweep"]
+STUDIES = ["calibrate", "figures", "leaderboard", "beta_lr", "rates", "sweep", "why"]
 
 
 @pytest.mark.parametrize("name", STUDIES)

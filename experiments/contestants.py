@@ -1,0 +1,65 @@
+"""Optimizers to compare with, each from its formula. train_gpt.py takes them as `--optimizer experiments.contestants:NAME`.
+
+They are for studies, so for one process.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optim import Gluon
+
+
+class Transported(Gluon):
+    """Scion with transport (arXiv 2605.18528): one gradient a step, taken ahead of the weights.
+
+        Y_k = X_k + β/(1-β) (X_k - X_{k-1})
+        M_k = β M_{k-1} + (1-β) ∇f(Y_k; ξ_k)
+
+    Transport removes the lag of the average, as γ = 1 does: for a quadratic f without noise M_k is ∇f(X_k). It needs no second
+    gradient and adds no noise. Arguments: those of `Gluon`. `step` needs a closure.
+    """
+
+    def averages(self, group: dict[str, Any]) -> dict[str, float]:
+        """M with β, and a place for X_{k-1}, which is no average."""
+        return {**super().averages(group), "last_weights": 0.0}
+
+    def step(self, closure: Any = None) -> Any:
+        """One step. Returns the loss at Y_k."""
+        held = [(p, group["momentum"], self.state[p]) for group in self.param_groups for p in group["params"]]
+        here = [p.detach().clone() for p, _, _ in held]
+        with torch.no_grad():
+            for p, beta, state in held:
+                if state["steps"]:
+                    p.add_(p - state["last_weights"], alpha=beta / (1 - beta))
+            with torch.enable_grad():
+                self.zero_grad()
+                loss = closure()
+            for (p, _, state), x in zip(held, here, strict=True):
+                p.copy_(x)
+                state["last_weights"].copy_(x)
+        super().step()
+        return loss
+
+
+class WarmNesterov(Gluon):
+    """Nesterov momentum whose β rises from 0.85 over the first 300 updates, as the public recipes of Muon do.
+
+        β_k = 0.85 + (β - 0.85) min(1, k/300)        M_k = β_k M_{k-1} + (1-β_k) g_k
+
+    The LMO's input is β_k M_k + (1-β_k) g_k. A β below 0.85 stays. Arguments: those of `Gluon`.
+    """
+
+    def averages(self, group: dict[str, Any]) -> dict[str, float]:
+        """M with β_k."""
+        return {"momentum_buffer": self._beta(group)}
+
+    def lmo_input(self, group: dict[str, Any], momentum: Tensor, gradient: Tensor | None) -> Tensor:
+        """β_k M_k + (1-β_k) g_k."""
+        return momentum if gradient is None else torch.lerp(momentum, gradient, 1 - self._beta(group))
+
+    @staticmethod
+    def _beta(group: dict[str, Any]) -> float:
+        first = min(0.85, group["momentum"])
+        return first + (group["momentum"] - first) * min(1.0, group["updates"] / 300)
