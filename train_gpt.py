@@ -30,11 +30,12 @@ from model import GPT, GPTConfig
 from training import checkpoint, numerics
 from training.checkpoint import Position
 from training.finite import FiniteGuard
-from training.inputs import micro_batch_size, open_data
+from training.inputs import identity, micro_batch_size, open_data
 from training.last_gradient import LastGradient
 from training.metrics import Clock, Metrics, Progress
 from training.optimizers import build_optimizer, is_deferred, schedule, updates_of
 from training.ranks import Ranks
+from training.resume import check_data, own_options
 from training.run_folder import ask_for_requeue, find_start, hold, lock_of, prepare_run
 from training.saver import Saver
 from training.stop import StopSignal
@@ -58,12 +59,20 @@ def train(config: Config) -> Path:
 def run(config: Config, ranks: Ranks, at_end: ExitStack) -> Path:
     """One run, from its config to its last checkpoint. `at_end` collects what must be restored, also after an error."""
     device = ranks.device
+
+    # Where to start. Nothing is written yet. A resumed run has its own options, where the command line names no others.
+    run_dir = Path(config.results_dir) / config.run_name
+    source, state = ranks.on_first(find_start, run_dir, config)
+    config, notes = ranks.on_first(own_options, run_dir, config, source, state)
+    position = Position.of(state)
     torch.manual_seed(config.seed)
     numerics.set_switches(config, at_end)
 
     # Data: the same global stream of batches for every world size.
     loader, val_stream = ranks.on_all(open_data, config, ranks)
     at_end.callback(loader.close)
+    data = identity(loader, val_stream)
+    notes += ranks.on_all(check_data, config, source, state, data)
 
     # Model and optimizer.
     dtype = numerics.choose_dtype(config, device)
@@ -74,10 +83,6 @@ def run(config: Config, ranks: Ranks, at_end: ExitStack) -> Path:
     set_schedule = schedule(optimizer, config)
     deferred = is_deferred(optimizer)
 
-    # Where to start. Nothing is written yet.
-    run_dir = Path(config.results_dir) / config.run_name
-    source, state = ranks.on_first(find_start, run_dir, config)
-    position = Position.of(state)
     finite = FiniteGuard(model, optimizer, ranks, config, position.skipped)
     net = Net(model, compiled, config, ranks, dtype, finite, position.sequences)
     last_gradient = None  # the gradient that MuonMVR compares with, if it needs an extra pass
@@ -92,7 +97,7 @@ def run(config: Config, ranks: Ranks, at_end: ExitStack) -> Path:
     ranks.on_first(hold, lock, run_dir)
     at_end.callback(lock.release)
     ranks.on_first(prepare_run, run_dir, config, source, state)
-    saver = Saver(run_dir, ranks, config.keep_checkpoints, config.keep_every)
+    saver = Saver(run_dir, ranks, config.keep_checkpoints, config.keep_every, data)
     at_end.callback(saver.close)
     metrics = Metrics(run_dir, config, ranks, position.metrics_bytes)
     at_end.callback(metrics.close)
@@ -108,6 +113,7 @@ def run(config: Config, ranks: Ranks, at_end: ExitStack) -> Path:
         f"{config.batch_size} sequences of {config.seq_len} tokens a step = {ranks.size} ranks × {net.rows // net.micro} "
         f"micro-batches × {net.micro} sequences; steps {position.step} to {config.steps}"
         + (f", from {source}" if source else "")
+        + "".join(f"\n{note}" for note in notes)
     )
 
     def record(update: int, **losses: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import hashlib
 import queue
 import threading
 import weakref
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from common.errors import UserError
 from data.shards import check_split, open_shard
+
+_MARKED = 4096  # tokens at each end of a shard that its mark depends on
 
 
 class TokenStream:
@@ -42,6 +45,14 @@ class TokenStream:
             out[position - start : end - start] = self._shards[index][position - first : end - first]
             index, position = index + 1, end
         return out
+
+    def marks(self) -> dict[str, str]:
+        """What tells each shard from others, by file name: its number of tokens and a hash of its first and last ones."""
+        marks = {}
+        for path, shard in zip(self.paths, self._shards, strict=True):
+            digest = hashlib.sha256(shard[:_MARKED].tobytes() + shard[-_MARKED:].tobytes()).hexdigest()
+            marks[path.name] = f"{len(shard)} tokens, {digest[:16]}"
+        return marks
 
     def locate(self, position: int) -> tuple[Path, int]:
         """The file that holds the token at `position` of the stream, and its index in that file."""

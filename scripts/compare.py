@@ -31,8 +31,8 @@ from reading.runs import AXES, LOSSES, Run, read_runs
 TEMPLATE = Path(__file__).with_name("compare.html")
 # Options that do not change what a run computes.
 _ASIDE = (
-    "run_name", "results_dir", "overwrite", "resume", "checkpoint_every", "keep_checkpoints", "keep_every", "rank_timeout",
-    "wandb", "wandb_project", "tensorboard",
+    "run_name", "results_dir", "overwrite", "resume", "other_data", "checkpoint_every", "keep_checkpoints", "keep_every",
+    "rank_timeout", "wandb", "wandb_project", "tensorboard",
 )  # fmt: skip
 MOST_POINTS = 2000  # of a curve; more are averaged, because twenty long runs would make a page of 100 MB
 

@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 from types import MappingProxyType, ModuleType, NoneType
-from typing import Any, NoReturn, get_args
+from typing import Any, ClassVar, NoReturn, get_args
 
 from common.errors import UserError
 
@@ -53,7 +53,8 @@ class Config:
     run_name: str = option("run", "name of this run's folder in results_dir; with --config, the config's own name", group="run")
     results_dir: str = option("runs", "where runs are written")
     overwrite: bool = option(False, "replace an existing run of this name")
-    resume: str = option("", "checkpoint to continue from; auto: the newest of this run, if there is one")
+    resume: str = option("", "checkpoint to continue from, with its options where none are named; auto: this run's newest")
+    other_data: bool = option(False, "resume although the data differ from the checkpoint's")
     seed: int = option(0, "seed of the initial weights and of the data order", least=0)
 
     data_dir: str = option("data/fineweb10B", "folder of the token shards", group="data")
@@ -119,6 +120,9 @@ class Config:
     tensorboard: bool = option(False, "also log to TensorBoard, into the run's folder")
 
     labels: InitVar[Mapping[str, str]] = MappingProxyType({})
+    # Where the options come from that the user named: a flag, or "path: name" for one in a config file. None for a config
+    # built in Python, in which every option is meant as it is.
+    named: ClassVar[Mapping[str, str] | None] = None
 
     def __post_init__(self, labels: Mapping[str, str]) -> None:
         for name, opt in OPTIONS.items():
@@ -166,7 +170,8 @@ def load_config(argv: list[str]) -> Config:
     values: dict[str, Any] = {} if path is None else {"run_name": Path(path).stem, **_file_values(path)}
     labels = _labels(path, values) | {name: _flag(name) for name in given}
     config = Config(**(values | given), labels=labels)
-    if path is not None and ":" in config.optimizer:  # its module may be next to the config
+    object.__setattr__(config, "named", labels)
+    if path is not None and (":" in config.optimizer or config.resume):  # the optimizer's module may be next to the config
         sys.path.append(os.path.dirname(os.path.abspath(path)))
     return config
 

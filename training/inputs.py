@@ -14,6 +14,8 @@ from training.ranks import Ranks
 _BYTES_PER_ENTRY = 44
 _CPU_SEQUENCES = 32
 
+Identity = dict[str, dict[str, str]]  # split to the marks of its shards
+
 
 def micro_batch_size(config: Config, rows: int, device: torch.device, bfloat16: bool) -> int:
     """Sequences per forward pass: the largest divisor of a rank's `rows` that `--micro-batch-size` allows.
@@ -44,6 +46,11 @@ def open_data(config: Config, ranks: Ranks) -> tuple[BatchLoader, TokenStream]:
     )  # fmt: skip
     check_tokens(config, loader, val_stream)
     return loader, val_stream
+
+
+def identity(loader: BatchLoader, val_stream: TokenStream) -> Identity:
+    """What tells the run's data from others: for each split the shards in their order, and a mark of each one's content."""
+    return {stream.split: stream.marks() for stream in (loader.stream, val_stream)}
 
 
 def check_tokens(config: Config, loader: BatchLoader, val_stream: TokenStream) -> None:

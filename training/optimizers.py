@@ -98,17 +98,21 @@ def schedule(optimizer: Optimizer, config: Config) -> Callable[[int], None]:
     power, weight = (-2 / 3, -2 / 3) if getattr(optimizer, "passes", 1) == 2 else (-3 / 4, -1 / 2)
 
     def set_step(step: int) -> None:
-        factor = min(1.0, (step + 1) / (config.warmup_steps + 1))
-        if config.schedule == "theory":
-            factor = (step + 1) ** power
-        elif config.schedule == "linear" and config.warmdown_steps:
-            factor = min(factor, (config.steps - step) / min(config.warmdown_steps, config.steps))
+        factor = (step + 1) ** power if config.schedule == "theory" else linear_factor(config, step)
         for group, lr in zip(optimizer.param_groups, first_lr, strict=True):
             _set_lr(group, lr * min(1.0, factor))
             if config.schedule == "theory" and "momentum" in group:
                 group["momentum"] = 1 - (step + 1) ** weight
 
     return set_step
+
+
+def linear_factor(config: Config, step: int) -> float:
+    """The factor of the lr at a step, for the schedules constant and linear."""
+    factor = min(1.0, (step + 1) / (config.warmup_steps + 1))
+    if config.schedule == "linear" and config.warmdown_steps:
+        factor = min(factor, (config.steps - step) / min(config.warmdown_steps, config.steps))
+    return factor
 
 
 def _set_lr(group: dict[str, Any], lr: float) -> None:

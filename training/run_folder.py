@@ -26,24 +26,18 @@ _CONTENTS = (
     "checkpoints", "config.json", "environment.json", "code.diff", "metrics.jsonl", "model.safetensors", "wandb", "tensorboard",
     REQUEUE,
 )  # fmt: skip
-# A checkpoint that differs in one of these belongs to another experiment. Other options may change when a run resumes.
-_FIXED = (
-    "seed", "shuffle", "batch_size", "seq_len", "vocab_size", "n_layer", "n_head", "d_model", "optimizer", "compare_with",
-    "block_norm", "embed_norm",
-)  # fmt: skip
 _VARIABLES = ("OMP_", "MKL_", "NCCL_", "CUDA_", "CUBLAS_", "TORCH_", "PYTORCH_", "GLOO_", "SLURM_JOB_ID")
 
 
 def find_start(run_dir: Path, config: Config) -> tuple[Path | None, dict[str, Any] | None]:
     """The checkpoint to start from and its state, or None. Changes nothing on disk.
 
-    Raises UserError if the folder holds a run that this one neither resumes nor may overwrite, if there is nothing to resume
-    at the given path, or if the checkpoint belongs to another experiment.
+    Raises UserError if the folder holds a run that this one neither resumes nor may overwrite, or if there is nothing to
+    resume at the given path.
     """
     try:
         found = _find(run_dir, config)
         if found is not None:
-            _check_same_experiment(*found, config)
             _check_metrics(*found)
     except OSError as error:
         raise _unwritable(run_dir, error) from None
@@ -53,7 +47,7 @@ def find_start(run_dir: Path, config: Config) -> tuple[Path | None, dict[str, An
 def prepare_run(run_dir: Path, config: Config, source: Path | None, state: dict[str, Any] | None) -> None:
     """Create the run's folder, remove an older run from it, and describe the run in it."""
     try:
-        own = source is not None and _is_in(source, run_dir)
+        own = source is not None and is_in(source, run_dir)
         content = None if source is None or own else (source.parent.parent / "metrics.jsonl").read_bytes()
         if not own:
             _clear(run_dir)
@@ -88,7 +82,8 @@ def _unwritable(run_dir: Path, error: OSError) -> UserError:
     return UserError(f"{error.filename or run_dir} can't be written ({error.strerror}); choose another --results-dir")
 
 
-def _is_in(checkpoint: Path, run_dir: Path) -> bool:
+def is_in(checkpoint: Path, run_dir: Path) -> bool:
+    """Whether a checkpoint is one of this run's."""
     return checkpoint.resolve().parent == (run_dir / "checkpoints").resolve()
 
 
@@ -113,7 +108,7 @@ def _find(run_dir: Path, config: Config) -> tuple[Path, dict[str, Any]] | None:
         found = newest_state(inside) if inside.is_dir() else (path, read_state(path))
         if found is None:
             raise UserError(f"--resume {path}: that run has no checkpoint that can be used ({_why(inside)})")
-        if exists and not _is_in(found[0], run_dir) and not config.overwrite:
+        if exists and not is_in(found[0], run_dir) and not config.overwrite:
             raise UserError(f"{run_dir} holds another run; choose another --run-name, or --overwrite it")
         return found
     if exists and not config.overwrite:
@@ -155,16 +150,6 @@ def ask_for_requeue(run_dir: Path) -> None:
     """Leave the marker that makes scripts/slurm.sh requeue the job."""
     with suppress(OSError), atomic_file(run_dir / REQUEUE):  # a full disk must not turn a clean stop into a failure
         pass
-
-
-def _check_same_experiment(checkpoint: Path, state: dict[str, Any], config: Config) -> None:
-    saved = Config.from_dict(state["config"], f"{checkpoint}'s config").to_dict()
-    wanted = config.to_dict()
-    if changed := [key for key in _FIXED if saved[key] != wanted[key]]:
-        key = changed[0]
-        raise UserError(f"{checkpoint} was trained with {key} = {saved[key]}, not {wanted[key]}: a resume can't change that")
-    if state["step"] > config.steps:
-        raise UserError(f"{checkpoint} is at step {state['step']}, past --steps {config.steps}")
 
 
 def _check_metrics(checkpoint: Path, state: dict[str, Any]) -> None:

@@ -22,16 +22,21 @@ from common.errors import UserError, say
 from common.files import sync_directory, write_text
 from training import checkpoint
 from training.checkpoint import Copy, Position
+from training.inputs import Identity
 from training.ranks import Ranks
 
 _WAIT_SECONDS = 600.0
 
 
 class Saver:
-    """Writes the checkpoints of a run in the background. Keeps the newest `keep`, and those at multiples of `keep_every`."""
+    """Writes the checkpoints of a run in the background. Keeps the newest `keep`, and those at multiples of `keep_every`.
 
-    def __init__(self, run_dir: Path, ranks: Ranks, keep: int, keep_every: int = 0) -> None:
+    `data`: what tells the run's data from others, for the checkpoints.
+    """
+
+    def __init__(self, run_dir: Path, ranks: Ranks, keep: int, keep_every: int = 0, data: Identity | None = None) -> None:
         self._folder, self._ranks, self._keep, self._keep_every = run_dir / "checkpoints", ranks, keep, keep_every
+        self._data = data
         self._thread: threading.Thread | None = None
         self._error: str | None = None
         # Distinguishes the files of this launch from half-written ones that a killed launch left.
@@ -88,7 +93,7 @@ class Saver:
                 raise UserError("metrics.jsonl can't be written, and a checkpoint needs it")
             sums |= {"model.safetensors": checkpoint.write_tensors(temporary / "model.safetensors", copy.weights)}
             files = sums | self._collect(step)
-            write_text(temporary / "state.json", json.dumps(state | {"files": files}, indent=1))
+            write_text(temporary / "state.json", json.dumps(state | {"data": self._data, "files": files}, indent=1))
             final = self._folder / name
             if final.exists():  # from an earlier launch of this run: equal, or damaged
                 checkpoint.remove(final)
