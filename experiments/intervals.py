@@ -5,7 +5,7 @@ Pure functions of numbers, without torch. `tests/experiments/test_evidence.py` c
 
 import math
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 # What a comparison can hold equal: fields of `Curve`, and their names in words.
@@ -134,6 +134,16 @@ class Curve:
         share = (spent - spends[i]) / (spends[i + 1] - spends[i])
         return (1 - share) * self.losses[i] + share * self.losses[i + 1]
 
+    def reached(self, loss: float) -> float:
+        """The update at which the curve first reaches a loss, interpolated between validations; infinite if it never does."""
+        for i, found in enumerate(self.losses):
+            if found <= loss:
+                if i == 0:
+                    return self.updates[0]
+                share = (self.losses[i - 1] - loss) / (self.losses[i - 1] - found)
+                return self.updates[i - 1] + share * (self.updates[i] - self.updates[i - 1])
+        return math.inf
+
 
 def to_reach(update: int, passes: float) -> float:
     """The gradient evaluations needed to reach X_u. `passes`: those of a deferred run when it validated X_u.
@@ -153,6 +163,12 @@ def difference(
     spent = min([most, *(curves[seed].end(budget) for curves in (variant, baseline) for seed in seeds)])
     values = [{seed: curves[seed].at(budget, spent) for seed in seeds} for curves in (variant, baseline)]
     return spent, paired(*values)
+
+
+def mean_curve(curves: Iterable[Curve]) -> Curve:
+    """The mean of curves that were validated at the same updates."""
+    columns = [[*zip(*values, strict=True)] for values in zip(*(vars(curve).values() for curve in curves), strict=True)]
+    return Curve(*(tuple(math.fsum(values) / len(values) for values in column) for column in columns))
 
 
 def largest_rise(losses: Sequence[float]) -> float:

@@ -4,6 +4,7 @@ python -m experiments.leaderboard            rewrite the text between the pages'
 python -m experiments.leaderboard --check    list the sections that differ from the records; exit code 2 if there is one
 """
 
+import math
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,31 +15,49 @@ from common.tables import markdown
 from experiments import figures, sweep
 from experiments.comparison import RESULTS, RUNS, compare, read_speed, replace_section, section
 from experiments.figures import FIGURES, Folders
-from experiments.intervals import BUDGETS
+from experiments.intervals import BUDGETS, Interval, difference, mean_curve
 
 NOT_RUN = "Not run yet: `{}`."
 COMMAND = "python -m experiments.sweep --evaluate"
 
 
 def evaluated(folders: Folders) -> list[dict[str, Any]]:
-    """A row for each method at its best setting, lowest loss at equal updates first; no rows if Gluon has no run yet."""
+    """A row for each method at its best setting, lowest loss at equal updates first; no rows if Gluon has no run yet.
+
+    A row of `compare` also gets `worth`, the updates after which Gluon's mean curve is where the method's is (and the ends of
+    the interval of their difference), and `behind_best`, the difference from the first row's method.
+    """
     comparisons = sweep.evaluation(folders)
     if not comparisons or not comparisons[0].curves(comparisons[0].baseline):
         return []
     comparison = comparisons[0]
     speed = read_speed(_calibration(folders), sweep.BATCH, comparison.arms)
-    return sorted(compare(comparison, speed), key=lambda row: row["loss"].mean)
+    rows = sorted(compare(comparison, speed), key=lambda row: row["loss"].mean)
+    arms = {arm.key: arm for arm in comparison.arms}
+    gluon, best = (comparison.curves(arm) for arm in (comparison.baseline, arms[rows[0]["arm"]]))
+    course = mean_curve(gluon.values())
+    for row in rows:
+        curves = comparison.curves(arms[row["arm"]])
+        gap = row["equal_updates"]["difference"] if "equal_updates" in row else Interval(0.0, 0.0, 0.0, len(gluon))
+        start = course.at("updates", row["updates"])
+        row["worth"] = [course.reached(start + loss) for loss in (gap.mean, gap.high, gap.low)]
+        row["course"] = course.end("updates")
+        if row is not rows[0] and curves.keys() & best.keys():
+            row["behind_best"] = difference(curves, best, "updates", row["updates"])[1]
+    return rows
 
 
 def leaderboard(rows: list[dict[str, Any]]) -> str:
     """The full comparison, with the command that made each row."""
     heads = ["method", "setting", "validation loss [95%]", "updates", "gradients", "seconds"]
-    lines = [[*heads, "minus Gluon: equal updates", "equal gradients", "equal seconds", "command"]]
+    gaps = ["minus Gluon: equal updates", "equal gradients", "equal seconds", "minus the best: equal updates"]
+    lines = [[*heads, "worth in updates of Gluon", *gaps, "command"]]
     for row in rows:
         cells = [row["label"], row["setting"], row["loss"].level]
         cells += [f"{row['updates']:,}", f"{row['passes']:,.0f}", f"{row['seconds']:,.0f}"]
         method = row["arm"] if row["arm"] in sweep.METHODS else row["options"]["optimizer"]
-        lines.append([*cells, *_gaps(row, BUDGETS), f"`{COMMAND} --methods {method}`"])
+        behind = row["behind_best"].judged if "behind_best" in row else ""
+        lines.append([*cells, _worth(row), *_gaps(row, BUDGETS), behind, f"`{COMMAND} --methods {method}`"])
     return _table(lines)
 
 
@@ -54,6 +73,12 @@ def answer(rows: list[dict[str, Any]]) -> str:
 def _gaps(row: dict[str, Any], budgets: Iterable[str]) -> list[str]:
     gaps = [row.get(f"equal_{budget}") for budget in budgets]
     return [gap["difference"].judged if gap else "" for gap in gaps]
+
+
+def _worth(row: dict[str, Any]) -> str:
+    """The updates of Gluon that a method is worth, with their interval."""
+    mean, low, high = (f"{at:,.0f}" if math.isfinite(at) else f"> {row['course']:,.0f}" for at in row["worth"])
+    return mean if low == high else f"{mean} [{low}, {high}]"
 
 
 def _table(lines: list[list[str]]) -> str:

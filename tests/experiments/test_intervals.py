@@ -5,7 +5,16 @@ import math
 import numpy as np
 import pytest
 
-from experiments.intervals import Curve, difference, interval, largest_rise, paired, student_cdf, student_quantile
+from experiments.intervals import (
+    Curve,
+    difference,
+    interval,
+    largest_rise,
+    mean_curve,
+    paired,
+    student_cdf,
+    student_quantile,
+)
 
 
 @pytest.mark.parametrize(
@@ -75,3 +84,16 @@ def test_a_rise_is_measured_from_the_lowest_loss_before():
     assert largest_rise([3.0, 2.0, 2.5, 1.0, 1.2]) == 0.5
     assert largest_rise([3.0, 2.0, 1.0]) == 0.0
     assert largest_rise([3.0, math.inf]) == math.inf
+
+
+def test_the_update_at_which_a_loss_is_reached():
+    curve = Curve((0, 50, 100, 150), (0, 50, 100, 150), (0, 1, 2, 3), (5.0, 3.0, 3.5, 2.0))
+    assert [curve.reached(loss) for loss in (6.0, 5.0, 4.0, 3.0)] == [0, 0, 25, 50]
+    assert curve.reached(2.75) == 125  # after the rise; 3.5 to 2.0 in 50 updates
+    assert curve.reached(1.9) == math.inf
+    assert curve.reached(curve.at("updates", 30)) == pytest.approx(30)
+
+
+def test_mean_curve():
+    curves = [Curve((0, 50), (0, 99), (0, s), (5.0, 2.0 + s)) for s in (1.0, 2.0)]
+    assert mean_curve(curves) == Curve((0, 50), (0, 99), (0, 1.5), (5.0, 3.5))

@@ -284,7 +284,9 @@ def test_the_sweep_to_its_leaderboard(tmp_path, monkeypatch, capsys):
     text = leaderboard.leaderboard(leaderboard.evaluated(figures.Folders(tmp_path / "runs", results))).splitlines()
     assert text[2].startswith("| MVR-2 |") and {line.split(" | ")[0] for line in text[3:]} == {"| Gluon", "| Muon"}
     assert "`python -m experiments.sweep --evaluate --methods torch.optim:Muon`" in "".join(text)
-    assert "| 600 | 1,199 | 600 | -0.100 [-0.100, -0.100] **better** |" in text[2]
+    assert "| 600 | 1,199 | 600 | > 1,200 | -0.100 [-0.100, -0.100] **better** |" in text[2]
+    (gluon,) = (line for line in text if line.startswith("| Gluon |"))
+    assert "| 600 | 600 | 600 | 600 |  |  |  | +0.100 [+0.100, +0.100] **worse** |" in gluon  # the last from the best
     capsys.readouterr()
 
 
