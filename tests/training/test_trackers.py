@@ -1,6 +1,8 @@
 """Trackers that work, block, fail or are missing: training continues and metrics.jsonl is complete."""
 
 import json
+import os
+import subprocess
 import sys
 import threading
 import time
@@ -9,6 +11,7 @@ import pytest
 
 import training.trackers
 from tests.helpers.train_runs import data, trainer  # noqa: F401
+from tests.helpers.wandb_server import serve
 from train_gpt import train
 from training.config import load_config
 from training.trackers import Tracker
@@ -132,12 +135,22 @@ def test_tensorboard_continues_after_a_resume(trainer):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_wandb_offline_resumes_the_same_run(trainer):  # noqa: F811
+def test_one_sync_makes_one_run_of_an_offline_run_that_was_resumed(trainer, tmp_path):  # noqa: F811
+    """Each launch leaves a folder of its own. Synced in one command, as the page says, they become one run with every line."""
     pytest.importorskip("wandb")
     environment = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
-    done = trainer.run("wandb", "--steps 2 --wandb", **environment).ok()
-    trainer.run("wandb", "--steps 4 --wandb --resume auto", **environment).ok()
+    first = trainer.run("wandb", "--steps 2 --wandb", **environment).ok().metrics
+    done = trainer.run("wandb", "--steps 4 --wandb --resume auto", **environment).ok()
     name = (done.folder / "wandb" / "id").read_text()
-    files = list((done.folder / "wandb").glob("offline-run-*/run-*.wandb"))
-    assert len(files) == 2 and {path.name for path in files} == {f"run-{name}.wandb"}
-    assert all(path.stat().st_size > 1000 for path in files)
+    parts = sorted((done.folder / "wandb").glob("offline-run-*"))
+    assert [[path.name for path in part.glob("*.wandb")] for part in parts] == [[f"run-{name}.wandb"]] * 2
+    with serve() as server:
+        words = [sys.executable, "-m", "wandb", "sync", *map(str, reversed(parts))]
+        account = {"WANDB_BASE_URL": server.address, "WANDB_API_KEY": "a" * 40, "WANDB_CONFIG_DIR": str(tmp_path)}
+        synced = subprocess.run(words, env=os.environ | account, capture_output=True, text=True, timeout=120)
+    assert synced.returncode == 0, synced.stderr[-2000:]
+    rows = [{key: value for key, value in row.items() if not key.startswith("_") and key != "seconds"} for row in server.rows]
+    # The end of the first launch, a validation after its checkpoint, is replaced in metrics.jsonl and stays at W&B.
+    assert done.metrics[: len(first) - 1] == first[:-1] and "val_loss" in first[-1]
+    assert server.names == [name] and rows == first + done.metrics[len(first) - 1 :]
+    assert [row["_step"] for row in server.rows] == list(range(len(rows)))
