@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from .saved import SavedShare
+
 
 def local(tensor: Tensor) -> Tensor:
     """The part of this tensor that lies on this rank."""
@@ -64,6 +66,7 @@ class Shares:
             self.ranks = ranks if ranks is not None and ranks.size() > 1 else None
         self._owner: dict[Tensor, int | None] = {}
         self._load: dict[dist.ProcessGroup, list[float]] = {}
+        self._mesh: DeviceMesh | None = None
         self._layout_checked = False
 
     def assign(self, params: Sequence[Tensor], ranks: dist.ProcessGroup, by_rows: bool) -> None:
@@ -142,28 +145,16 @@ class Shares:
             value = self.part(p, value)
         buffer.copy_(value)
 
-    def has_rows(self, p: Tensor) -> bool:
-        """Whether this rank keeps some rows of the momentum of p, and other ranks the rest."""
-        return self.ranks is not None and not isinstance(p, DTensor) and self.owns(p) and self._owner[p] is None
-
-    def as_rows(self, p: Tensor, rows: Tensor) -> DTensor:
-        """The rows that this rank keeps of a buffer of p, in the same memory, as a DTensor of the whole buffer."""
-        assert self.ranks is not None
-        mesh = DeviceMesh.from_group(self.ranks, p.device.type)
-        return DTensor.from_local(rows, mesh, [Shard(0)], run_check=False, shape=p.shape, stride=p.stride())
-
-    def whole(self, p: Tensor, own: Tensor | None) -> Tensor:
-        """The whole buffer of p, from what this rank keeps of it (None for nothing). A collective."""
-        if isinstance(own, DTensor):
-            return own.full_tensor()
-        if self.ranks is None:
+    def saved(self, p: Tensor, own: Tensor | None) -> Tensor:
+        """A buffer of p as a state dict holds it: this rank's share, if the ranks share the parameter."""
+        if p.numel() == 0 and own is None:
+            return torch.zeros_like(p, dtype=buffer_dtype(p), requires_grad=False)
+        if self.ranks is None or isinstance(p, DTensor):
             assert own is not None
             return own
-        whole = torch.zeros_like(p, dtype=buffer_dtype(p), memory_format=torch.contiguous_format, requires_grad=False)
-        if own is not None:
-            self.part(p, whole).copy_(own)
-        dist.all_reduce(whole, group=self.ranks)
-        return whole
+        if self._mesh is None:
+            self._mesh = DeviceMesh.from_group(self.ranks, p.device.type)
+        return SavedShare.of(own, self._owner[p], p, buffer_dtype(p), self._mesh)
 
     def check_layout(self, params: Sequence[Tensor]) -> None:
         """Check once that the ranks hold the same parameters. If they did not, they would wait for each other forever.

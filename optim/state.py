@@ -13,6 +13,7 @@ from .adamw import AdamW
 from .buckets import split
 from .norms import VIEWS, Norm, get_norm
 from .rules import NON_NEGATIVE, PAST, POSITIVE, SWITCH, Buffers, Group, Rule
+from .saved import SavedShare
 from .shares import Shares, local, sharded_along
 
 
@@ -134,6 +135,7 @@ class LayerwiseState(Optimizer):
             del self.state[p]
         for group in self.param_groups:
             if new := [p for p in group["params"] if "steps" not in self.state.get(p, {})]:
+                self._check_group(group)
                 self._admit(group, new)
 
     def _fresh_scalars(self, group: Group) -> dict[str, Any]:
@@ -185,22 +187,24 @@ class LayerwiseState(Optimizer):
             self._take_loaded()
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's, with this rank's buffers. If this rank keeps some rows of a buffer, the state has a DTensor of them
-        in the same memory, so that torch.distributed.checkpoint can join the rows. Does not communicate.
+        """As torch's. If ranks share the parameters (DDP), each buffer is a DTensor of this rank's share, in the same memory.
+
+        torch.distributed.checkpoint joins the shares, and so does `full_state_dict`. To pickle a share raises RuntimeError.
+        Does not communicate.
         """
+        self._admit_replaced()
         state = super().state_dict()
         for i, (group, p) in enumerate(self._params()):
-            if self._shares.has_rows(p):
-                names = self._formulas(group).buffers(group)
-                state["state"][i] = state["state"][i] | {n: self._shares.as_rows(p, self.state[p][n]) for n in names}
+            names = self._formulas(group).buffers(group)
+            scalars = {k: v for k, v in state["state"][i].items() if k not in names}
+            state["state"][i] = scalars | {n: self._shares.saved(p, self.state[p].get(n)) for n in names}
         return state
 
     def full_state_dict(self) -> dict[str, Any]:
         """The `state_dict` of the whole model, on every rank. A collective of the ranks that share the parameters."""
         full = self.state_dict()
-        for i, (group, p) in enumerate(self._params()):
-            names = self._formulas(group).buffers(group)
-            full["state"][i] = full["state"][i] | {n: self._shares.whole(p, self.state[p].get(n)) for n in names}
+        for i, values in full["state"].items():
+            full["state"][i] = {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in values.items()}
         return full
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -219,6 +223,7 @@ class LayerwiseState(Optimizer):
 
     def _before_loading(self, state_dict: dict[str, Any]) -> dict[str, Any] | None:
         """Check what is to be loaded, and keep its tensors away from torch, which would cast them to the parameter's dtype."""
+        self._admit_replaced()
         groups = state_dict["param_groups"]
         if [len(g["params"]) for g in groups] != [len(g["params"]) for g in self.param_groups]:
             return None  # torch's own message is better
@@ -255,8 +260,9 @@ class LayerwiseState(Optimizer):
 
 def _check_buffer(name: str, p: Tensor, own: Tensor, value: object) -> None:
     """Raise ValueError unless this saved value can fill a buffer of p of which this rank has `own`."""
-    share = isinstance(value, DTensor) and not isinstance(own, DTensor)  # rows, as `state_dict` gives them
-    if not isinstance(value, Tensor) or (share and local(value).shape != own.shape):
+    share = isinstance(value, DTensor) and not isinstance(own, DTensor)  # of this rank, as `state_dict` gives it
+    absent = isinstance(value, SavedShare) and not value.here
+    if not isinstance(value, Tensor) or absent or (share and local(value).shape != own.shape):
         raise ValueError(
             f"the state_dict has no {name} for a parameter of shape {tuple(p.shape)}: it is another optimizer's, or one rank's "
             "share; save full_state_dict() or use torch.distributed.checkpoint"

@@ -1,9 +1,8 @@
-"""State on other numbers of ranks: the full state, one rank's share of it, torch.distributed.checkpoint."""
+"""State on other numbers of ranks: the full state, torch.distributed.checkpoint."""
 
 import functools
 
 import pytest
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -28,15 +27,14 @@ pytestmark = pytest.mark.slow
 WORLDS = (1, 2, 3, 4)
 
 
-def stop(kind: str, variant, steps: int, whole: bool = True) -> dict:
-    """Train some steps. Returns the weights and a state_dict of the optimizer."""
+def stop(kind: str, variant, steps: int) -> dict:
+    """Train some steps. Returns the weights and the full state of the optimizer."""
     net, model = parallel_net(kind)
     optimizer = optimizer_of(variant, net)
     for k in range(steps):
         take_step(optimizer, model, k)
     names = [name for name, _ in net.named_parameters()]
-    state = optimizer.full_state_dict() if whole else optimizer.state_dict()
-    return {"weights": dict(zip(names, weights(net), strict=True)), "state": state}
+    return {"weights": dict(zip(names, weights(net), strict=True)), "state": optimizer.full_state_dict()}
 
 
 def go_on(variant, steps: int, saved: dict) -> dict:
@@ -102,40 +100,6 @@ def test_the_full_state_loads_on_any_number_of_ranks(variant):
 def test_state_of_fsdp_loads_under_ddp(variant):
     answers = started(2).run(go_on, variant, 3, stopped("fsdp", variant, 3, 3)[0])
     assert_same(answers, tail(variant, 3))
-
-
-def is_refused(variant, saved) -> bool:
-    net, _ = parallel_net("ddp")
-    try:
-        optimizer_of(variant, net).load_state_dict(saved["state"])
-    except ValueError as error:
-        assert "momentum_buffer" in str(error) and "full_state_dict" in str(error)
-        return True
-    return False
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_the_share_of_one_rank_is_refused(variant):
-    for saved in started(2).run(stop, "ddp", variant, 2, False):
-        assert is_refused(variant, saved)
-        assert any(started(4).run(is_refused, variant, saved))
-    assert not is_refused(variant, stopped("ddp", variant, 3, 3)[0])
-
-
-def through_a_file(variant, steps: int, folder: str) -> dict:
-    """Each rank saves its own state_dict and a new optimizer loads it, as many scripts do."""
-    net, model = parallel_net("ddp")
-    optimizer = optimizer_of(variant, net)
-    for k in range(steps):
-        take_step(optimizer, model, k)
-    file = f"{folder}/{dist.get_rank()}.pt"
-    torch.save({"weights": net.state_dict(), "state": optimizer.state_dict()}, file)
-    return go_on(variant, steps, torch.load(file, weights_only=True))
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_each_rank_may_save_its_own_share(variant, tmp_path):
-    assert_same(started(3).run(through_a_file, variant, 2, str(tmp_path)), tail(variant, 2))
 
 
 # torch.distributed.checkpoint
