@@ -8,6 +8,7 @@ This file is the outline of a run: data, model, optimizer, schedule, the loop. Y
 `training/`.
 """
 
+import math
 import os
 import sys
 from contextlib import ExitStack, nullcontext
@@ -22,6 +23,7 @@ if __name__ == "__main__":  # mistakes in the options are reported before torch 
     with one_line_errors("train_gpt"):
         CONFIG = load_config(sys.argv[1:])
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -230,15 +232,16 @@ class Net:
         """Mean loss over the first `val_tokens` tokens of the validation split, shared among the ranks."""
         length, device, ranks = self._config.seq_len, self._ranks.device, self._ranks
         sequences = self._config.val_tokens // length
-        total = torch.zeros((), dtype=torch.float64, device=device)
+        losses = []  # their sum is in double on the host, because not every device has float64
         for start in range(ranks.rank * self.micro, sequences, ranks.size * self.micro):
             rows = range(start, min(start + self.micro, sequences))
-            tokens = torch.stack([torch.from_numpy(stream.read(j * length, (j + 1) * length + 1)) for j in rows])
-            tokens = (tokens.pin_memory() if device.type == "cuda" else tokens).to(device, torch.int64, non_blocking=True)
+            windows = np.stack([stream.read(j * length, (j + 1) * length + 1) for j in rows])
+            tokens = torch.from_numpy(windows.astype(np.int64))
+            tokens = (tokens.pin_memory() if device.type == "cuda" else tokens).to(device, non_blocking=True)
             net = self._compiled if len(rows) == self.micro else self._model  # a smaller last batch is not worth compiling for
             with self._autocast:
-                total += net(tokens[:, :-1], tokens[:, 1:]).double() * len(rows)
-        return (ranks.total(total) / sequences).item()
+                losses.append((net(tokens[:, :-1], tokens[:, 1:]), len(rows)))
+        return ranks.total(math.fsum(loss.item() * count for loss, count in losses)) / sequences
 
     def warm_up(self) -> None:
         """Two passes on zeros, whose gradients are dropped.

@@ -252,7 +252,11 @@ class LayerwiseState(Optimizer):
             formulas, scalars = self._formulas(group), self._fresh_scalars(group)
             if "steps" not in values:  # another optimizer's momentum counts as a full average
                 scalars |= {"steps": 1, **{f"{name}_weight": 1.0 for name in formulas.averages(group)}}
-            others = {k: v for k, v in values.items() if k not in formulas.buffers(group)}
+            others = {
+                k: v.to(p.device) if isinstance(v, Tensor) and v.ndim else v
+                for k, v in values.items()
+                if k not in formulas.buffers(group)
+            }
             self.state[p] = scalars | others | buffers
             for name, buffer in buffers.items():
                 self._shares.copy(p, buffer, values[name])

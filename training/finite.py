@@ -89,8 +89,10 @@ class FiniteGuard:
         tensors = {f"the weights of {name}": p.detach() for p, name in names.items()}
         for p, state in self._optimizer.state.items():
             tensors |= {f"{key} of {names[p]}": value for key, value in state.items() if isinstance(value, Tensor)}
-        largest = torch.stack([value.double() for value in torch._foreach_norm(list(tensors.values()), torch.inf)])
-        mine = next((name for name, ok in zip(tensors, largest.isfinite().tolist(), strict=True) if not ok), None)
+        fine = torch.stack(
+            [norm.isfinite().to(self._ranks.device) for norm in torch._foreach_norm(list(tensors.values()), torch.inf)]
+        )
+        mine = next((name for name, ok in zip(tensors, fine.tolist(), strict=True) if not ok), None)
         if found := next((name for name in self._ranks.gather(mine) if name), None):
             raise Diverged(f"step {self._step}: {found} holds numbers that are not finite; {_ADVICE}")
 

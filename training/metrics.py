@@ -142,8 +142,8 @@ class Clock:
         return self._before + running
 
     def _wait(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        if self._device.type != "cpu":
+            torch.accelerator.synchronize(self._device)
 
 
 class Progress:

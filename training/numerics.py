@@ -5,12 +5,18 @@ from contextlib import ExitStack
 import torch
 from torch import nn
 
+from common.errors import UserError
 from optim.polar import has_bfloat16_units
 from training.config import Config
 
 
 def choose_dtype(config: Config, device: torch.device) -> str:
-    """float32, bfloat16 (autocast) or float64; "auto" is bfloat16 if the device has units for it."""
+    """float32, bfloat16 (autocast) or float64; "auto" is bfloat16 if the device has units for it.
+
+    Raises UserError if the device lacks it.
+    """
+    if config.dtype == "float64" and device.type == "mps":
+        raise UserError("Apple's GPUs have no float64; use --dtype float32, or --device cpu")
     if config.dtype != "auto":
         return config.dtype
     return "bfloat16" if has_bfloat16_units(device) else "float32"

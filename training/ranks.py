@@ -1,5 +1,6 @@
 """The ranks of a run: one process, or those that torchrun started."""
 
+import math
 import os
 import re
 import socket
@@ -62,6 +63,8 @@ class Ranks:
         if rank >= size:
             raise UserError(f"RANK = {rank} is outside WORLD_SIZE = {size}; start the ranks with torchrun")
         chosen = choose_device(device, local_rank, max(local_size, local_rank + 1))
+        if chosen.type == "mps" and size > 1:
+            raise UserError("several ranks can't share an Apple GPU; start one, or use --device cpu")
         store = _meet(timedelta(seconds=timeout))
         errors.claim_to_tell = partial(_claim, store)
         # The group on the host must be the first to notice a missing rank: nccl's own timeout aborts the process.
@@ -124,17 +127,15 @@ class Ranks:
         return values
 
     def mean(self, value: Tensor) -> Tensor:
-        """The mean over the ranks, on the device. May overwrite `value`, as `total` and `largest` do."""
+        """The mean over the ranks, on the device. May overwrite `value`, as `largest` does."""
         if self.size > 1:
             dist.all_reduce(value)
             value = value / self.size
         return value
 
-    def total(self, value: Tensor) -> Tensor:
-        """The sum over the ranks, on the device."""
-        if self.size > 1:
-            dist.all_reduce(value)
-        return value
+    def total(self, value: float) -> float:
+        """The sum over the ranks, in double on the hosts."""
+        return math.fsum(self.gather(value))
 
     def largest(self, value: Tensor) -> Tensor:
         """The maximum over the ranks, on the device."""

@@ -1,0 +1,177 @@
+"""A CPU that plays a GPU: its tensors say that they are on "cuda" or "mps", and do what that device would not do alone.
+
+The values are real, so whole runs can be compared. What a device lacks is an error, and so is a computation with tensors of two
+devices. Each wait of the host for the device is noted.
+"""
+
+import contextlib
+import traceback
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import return_and_correct_aliasing
+from torch.utils._pytree import tree_flatten, tree_map
+
+from optim import polar
+
+LACKS = {"mps": {torch.float64, torch.complex128, torch.uint16}, "cuda": set[torch.dtype]()}
+ATEN = torch.ops.aten
+# The host needs their result, or the size of it.
+READS = {
+    ATEN._local_scalar_dense,
+    ATEN.equal,
+    ATEN.is_nonzero,
+    ATEN.nonzero,
+    ATEN.masked_select,
+    ATEN._unique2,
+    ATEN.unique_dim,
+}
+MOVES = {Tensor.to, Tensor.cpu, Tensor.cuda}
+
+
+class Pretended(TorchFunctionMode):
+    """While active, the device of this type exists. `waits`: where the host waited for it so far."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.device, self.waits = torch.device(kind, 0), list[str]()
+
+    def wait(self, why: str) -> None:
+        ours = [f for f in traceback.extract_stack() if "/site-packages/" not in f.filename and "pretended" not in f.filename]
+        self.waits.append(f"{why} at {ours[-1].filename}:{ours[-1].lineno}" if ours else why)
+
+    def here(self, inner: Tensor) -> Tensor:
+        """The same values on the device."""
+        return OnDevice(inner, self)
+
+    def __torch_function__(self, function, types, arguments=(), options=None):
+        options = dict(options or {})
+        if function in MOVES:
+            return self._move(function, *arguments, **options)
+        if function is Tensor.tolist and isinstance(arguments[0], OnDevice):
+            self.wait("tolist")
+            return arguments[0].inner.tolist()
+        if (device := options.get("device")) is not None:
+            pinned = options.pop("pin_memory", False)
+            if torch.device(device).type == self.device.type:
+                options["device"] = "cpu"
+                return tree_map(lambda t: self.here(t) if isinstance(t, Tensor) else t, function(*arguments, **options))
+            assert not pinned or self.device.type == "cuda"
+        elif options.pop("pin_memory", False):
+            assert self.device.type == "cuda", "only CUDA has pinned memory"
+        return function(*arguments, **options)
+
+    def _move(self, function: Any, tensor: Tensor, *arguments: Any, copy: bool = False, **options: Any) -> Tensor:
+        if function is Tensor.cpu:
+            arguments = ("cpu", *arguments)
+        elif function is Tensor.cuda:
+            arguments = (arguments[0] if arguments else "cuda",)
+        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*arguments, **options)
+        there = isinstance(tensor, OnDevice)
+        if device is None or (device.type == self.device.type) == there:
+            return Tensor.to(tensor, dtype or tensor.dtype, copy=copy)
+        assert not tensor.requires_grad or not torch.is_grad_enabled()
+        if there:
+            if not non_blocking:
+                self.wait("a copy to the host")
+            return tensor.inner.to(dtype=dtype or tensor.dtype, copy=True)
+        if not (non_blocking and self.device.type == "cuda"):
+            self.wait("a copy to the device")
+        return self.here(tensor.detach().to(dtype=dtype or tensor.dtype, copy=True))
+
+
+class OnDevice(Tensor):
+    """A tensor on the pretended device; `inner` holds its values. (C++ takes it for one on the CPU.)"""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+    inner: Tensor
+    place: Pretended
+
+    @staticmethod
+    def __new__(cls, inner: Tensor, place: Pretended):
+        lacking = inner.dtype in LACKS[place.device.type]
+        assert not lacking, f"{place.device.type} has no {inner.dtype}"
+        return torch.Tensor._make_wrapper_subclass(
+            cls, inner.size(), strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype
+        )
+
+    def __init__(self, inner: Tensor, place: Pretended) -> None:
+        self.inner, self.place = inner, place
+
+    device = property(lambda self: self.place.device)
+    is_cuda = property(lambda self: self.place.device.type == "cuda")
+    is_mps = property(lambda self: self.place.device.type == "mps")
+    is_cpu = property(lambda self: False)
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, arguments=(), options=None):
+        options = options or {}
+        tensors = [t for t in tree_flatten((arguments, options))[0] if isinstance(t, Tensor)]
+        place = next(t.place for t in tensors if isinstance(t, OnDevice))
+        packet = function.overloadpacket
+        if packet is ATEN.copy_:
+            into, source = (isinstance(t, OnDevice) for t in arguments[:2])
+            if into != source and not (place.device.type == "cuda" and len(arguments) > 2 and arguments[2]):
+                place.wait(f"a copy to the {'device' if into else 'host'}")
+        else:
+            away = [t for t in tensors if not isinstance(t, OnDevice) and t.ndim]
+            assert not away, f"{function} gets tensors of two devices"
+        index = packet is ATEN.index and any(t.dtype == torch.bool for t in tensors[1:])
+        if packet in READS or index:
+            place.wait(str(packet))
+        values = tree_map(lambda t: t.inner if isinstance(t, OnDevice) else t, (arguments, options))
+        out = function(*values[0], **values[1])
+        if packet is ATEN.copy_ and not isinstance(arguments[0], OnDevice):
+            return arguments[0]
+        out = tree_map(lambda t: OnDevice(t, place) if isinstance(t, Tensor) else t, out)
+        return return_and_correct_aliasing(function, arguments, options, out)
+
+
+@contextlib.contextmanager
+def pretended(kind: str) -> Iterator[Pretended]:
+    """In this block a device of this kind ("cuda", "mps") exists, and is the best one. It has no bfloat16 units."""
+    device = Pretended(kind)
+    made = {"mem_get_info": (8 * 2**30, 8 * 2**30), "get_device_name": "a pretended card", "get_device_capability": (7, 5)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: kind == "cuda")
+        patch.setattr(torch.cuda, "device_count", lambda: int(kind == "cuda"))
+        patch.setattr(torch.backends.mps, "is_available", lambda: kind == "mps")
+        patch.setattr(torch.accelerator, "synchronize", lambda *_: device.wait("synchronize"))
+        patch.setattr(Tensor, "pin_memory", lambda self, *_: self)
+        patch.setattr(Tensor, "is_pinned", lambda self, *_: kind == "cuda")
+        module = torch.cuda if kind == "cuda" else torch.mps
+        patch.setattr(module, "get_rng_state", lambda *_: torch.zeros(16, dtype=torch.uint8))
+        patch.setattr(module, "set_rng_state", lambda *_: None)
+        if kind == "cuda":
+            for name, value in made.items():
+                patch.setattr(torch.cuda, name, lambda *_, value=value: value)
+            patch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+            patch.setattr(torch.cuda, "Event", lambda: Event(device))
+            patch.setattr(torch.cuda.nccl, "version", lambda: (2, 0, 0))
+        # `module.to` then exchanges whole tensors, and not only what they hold, which would leave them of their old class.
+        before = torch.__future__.get_swap_module_params_on_conversion()
+        torch.__future__.set_swap_module_params_on_conversion(True)
+        polar.has_bfloat16_units.cache_clear()
+        try:
+            with device:
+                yield device
+        finally:
+            torch.__future__.set_swap_module_params_on_conversion(before)
+            polar.has_bfloat16_units.cache_clear()
+
+
+class Event:
+    """In place of torch.cuda.Event."""
+
+    def __init__(self, device: Pretended) -> None:
+        self._device = device
+
+    def record(self, *_: object) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        self._device.wait("event")
