@@ -52,7 +52,7 @@ def train(config: Config) -> Path:
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it for --deterministic
     ranks = Ranks.start(config.device, config.rank_timeout)
-    with ExitStack() as at_end, ranks.naming_lost_ranks():
+    with ExitStack() as at_end, ranks.naming_lost_ranks(), numerics.reproducible_products():
         run_dir = run(config, ranks, at_end)
         ranks.close()
     return run_dir
@@ -80,7 +80,7 @@ def run(config: Config, ranks: Ranks, at_end: ExitStack) -> Path:
     dtype = numerics.choose_dtype(config, device)
     model = GPT(GPTConfig(config.vocab_size, config.n_layer, config.n_head, config.d_model, config.seq_len))
     model.to(device, torch.float64 if dtype == "float64" else torch.float32)
-    compiled: Any = numerics.compiled(model, config, device, at_end)
+    compiled: Any = ranks.on_all(numerics.compiled, model, config, ranks, at_end)
     optimizer: Any = ranks.on_all(build_optimizer, model, config)
     set_schedule = schedule(optimizer, config)
     deferred = is_deferred(optimizer)

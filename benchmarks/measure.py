@@ -19,7 +19,7 @@ from common.files import write_text
 from common.machine import cpu_name
 from common.tables import markdown
 from optim.polar import has_bfloat16_units
-from training.ranks import choose_device
+from training.devices import choose_device
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "benchmarks"
 

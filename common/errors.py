@@ -3,6 +3,7 @@
 import argparse
 import io
 import os
+import re
 import select
 import signal
 import sys
@@ -123,8 +124,8 @@ def _reader_is_gone() -> bool:
 
 def _out_of_memory(error: Exception) -> bool:
     """Whether this is Python's error or one of torch's, on a GPU or a CPU."""
-    names = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return names or "can't allocate memory" in str(error)
+    said = isinstance(error, RuntimeError) and re.search("out of memory|can't allocate memory", str(error))
+    return isinstance(error, MemoryError) or bool(said)
 
 
 def leave(code: int = 0) -> NoReturn:

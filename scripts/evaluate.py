@@ -27,7 +27,7 @@ from data.shards import list_shards, open_shard, read_manifest
 from data.tokenize_text import Encoder, find_files, load_encoder, read_documents
 from model import GPT
 from reading.trained import Trained, load_trained
-from training.ranks import choose_device
+from training.devices import choose_device
 
 _TOKENS_AT_ONCE = 8192
 

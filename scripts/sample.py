@@ -21,7 +21,7 @@ from data.tokenize_text import load_encoder
 from model import GPT, Cache
 from reading.runs import read_run
 from reading.trained import load_trained
-from training.ranks import choose_device
+from training.devices import choose_device
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common import errors
 from common.errors import UserError
+from training.devices import choose_device, device_of_rank, number
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -58,11 +59,10 @@ class Ranks:
         """
         if "RANK" not in os.environ:
             return cls(0, 1, choose_device(device))
-        rank, size = _number("RANK", 0, 2**20), _number("WORLD_SIZE", 1, 2**20)
-        local_rank, local_size = _number("LOCAL_RANK", 0, 2**20, "0"), _number("LOCAL_WORLD_SIZE", 1, 2**20, "1")
+        rank, size = number("RANK", 0, 2**20), number("WORLD_SIZE", 1, 2**20)
         if rank >= size:
             raise UserError(f"RANK = {rank} is outside WORLD_SIZE = {size}; start the ranks with torchrun")
-        chosen = choose_device(device, local_rank, max(local_size, local_rank + 1))
+        chosen = device_of_rank(device, rank)
         if chosen.type == "mps" and size > 1:
             raise UserError("several ranks can't share an Apple GPU; start one, or use --device cpu")
         store = _meet(timedelta(seconds=timeout))
@@ -72,6 +72,7 @@ class Ranks:
         try:
             if chosen.type == "cuda":
                 torch.cuda.set_device(chosen)
+                _check_shared(store, rank, size)
                 dist.init_process_group("nccl", store=store, rank=rank, world_size=size, timeout=longer, device_id=chosen)
             else:
                 dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=longer)
@@ -180,21 +181,12 @@ class Ranks:
             errors.claim_to_tell = None
 
 
-def _number(name: str, least: int, below: int, default: str | None = None) -> int:
-    text = os.environ.get(name, default)
-    if text is None:
-        raise UserError(f"RANK is set and {name} is not: start the ranks with torchrun, or unset RANK for one process")
-    if not re.fullmatch(r"\d{1,9}", text) or not least <= int(text) < below:
-        raise UserError(f"the environment's {name} = {text[:40]!r} must be an integer of at least {least}; torchrun sets it")
-    return int(text)
-
-
 def _meet(timeout: timedelta) -> dist.Store:
     """The store at MASTER_ADDR:MASTER_PORT. torchrun holds it there; without torchrun, rank 0 does.
 
     torch would look for a host that does not exist until the time is over, so that is checked first.
     """
-    port = _number("MASTER_PORT", 1, 2**16)
+    port = number("MASTER_PORT", 1, 2**16)
     host = os.environ.get("MASTER_ADDR", "")
     if not host:
         raise UserError("RANK is set and MASTER_ADDR is not: start the ranks with torchrun, or unset RANK for one process")
@@ -211,28 +203,22 @@ def _meet(timeout: timedelta) -> dist.Store:
     return dist.PrefixStore(f"launch{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
+def _check_shared(store: dist.Store, rank: int, size: int) -> None:
+    """Raise UserError if another rank has this rank's GPU. All ranks call it."""
+    mine = f"{socket.gethostname()} {torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
+    store.set(f"gpu{rank}", mine)
+    sharing = store.multi_get([f"gpu{other}" for other in range(size)]).count(mine.encode())
+    if sharing > 1:
+        count = torch.cuda.device_count()
+        raise UserError(f"{sharing} ranks have the same GPU; start one for each, as torchrun --nproc_per_node={count} does")
+
+
 def _claim(store: dist.Store) -> bool:
     """Whether this rank is the first to report what went wrong."""
     try:
         return store.add("told", 1) == 1
     except RuntimeError:  # the store died with the rank that held it
         return True
-
-
-def choose_device(name: str, local_rank: int = 0, local_size: int = 1) -> torch.device:
-    """The device of this name; "auto" is the fastest. Raises UserError if there is none."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if count == 0:
-            raise UserError("--device cuda, but torch finds no CUDA device here; use --device cpu or a CUDA build of torch")
-        if local_size > count:
-            raise UserError(f"torchrun started {local_size} processes on {count} GPUs; use --nproc_per_node={count}")
-        return torch.device("cuda", local_rank)
-    if name == "mps" and not torch.backends.mps.is_available():
-        raise UserError("--device mps, but torch finds no Apple GPU here; use --device cpu")
-    return torch.device(name)
 
 
 # Distinguishes errors of gloo, nccl and the store from others: all are RuntimeErrors.

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from experiments import run_jobs
 from tests.helpers import forked
 from tests.helpers.device import FORKS, limit
 
@@ -55,6 +56,19 @@ def test_other_ways_to_start_a_process_do_not_fork_this_one(method):
 
 def test_the_tests_start_their_processes_in_such_a_way():
     assert forked.context().get_start_method() in ("forkserver", "spawn")
+
+
+@pytest.mark.slow
+def test_the_pool_of_the_studies_starts_its_processes_in_such_a_way():
+    with run_jobs._processes(2) as pool:
+        assert [pool.submit(os.getenv, POISON).result() for _ in range(4)] == [None] * 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", ["experiments.run_jobs", "scripts.compare", "scripts.sample", "data.tokenize_text"])
+def test_a_program_that_starts_processes_asks_nothing_on_import(module):
+    run = subprocess.run([sys.executable, "-c", ASK, module], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
 
 
 ASK = """

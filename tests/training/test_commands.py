@@ -124,7 +124,20 @@ def test_output_that_can_not_be_written(output, code, said, length):
     assert (done.returncode, done.stderr) == (code, said)
 
 
-def test_out_of_memory(capsys):
+def raised(error: Exception):
+    raise error
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda: torch.empty(2**50),
+        lambda: raised(MemoryError()),
+        lambda: raised(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")),
+        lambda: raised(torch.AcceleratorError("CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation'")),
+    ],
+)
+def test_out_of_memory(capsys, act):
     with pytest.raises(SystemExit) as caught, one_line_errors("x"):
-        torch.empty(2**50)
+        act()
     assert caught.value.code == 2 and capsys.readouterr().err.startswith("x: out of memory; choose smaller sizes")

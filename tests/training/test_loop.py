@@ -112,8 +112,12 @@ def test_the_speed_is_that_since_the_last_line(capsys):
 
 
 def test_the_peak_is_that_of_the_exact_card():
-    names = ["NVIDIA H100 80GB HBM3", "NVIDIA H100 NVL", "NVIDIA H100 PCIe", "NVIDIA H200", "NVIDIA H200 NVL", "a card"]
-    assert [peak_flops(name) / 1e12 for name in names] == pytest.approx([989, 835, 756, 989, 835, 0])
+    names = ["NVIDIA H100 80GB HBM3", "NVIDIA H100 NVL", "NVIDIA H100 PCIe", "NVIDIA H200", "NVIDIA H200 NVL"]
+    assert [peak_flops(name) / 1e12 for name in names] == pytest.approx([989, 835, 756, 989, 835])
+    names = ["AMD Instinct MI250X", "AMD Instinct MI300X", "AMD Instinct MI325X", "AMD Instinct MI355X"]
+    assert [peak_flops(name) / 1e12 for name in names] == pytest.approx([191.5, 1307, 1307, 2516])
+    unknown = ["", "a card", "NVIDIA RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 3090 Ti", "NVIDIA H100 80GB HBM3 MIG 1g.10gb"]
+    assert not any(map(peak_flops, unknown))
 
 
 @pytest.mark.slow
