@@ -5,7 +5,10 @@
 
 The closure holds the loop over the micro-batches. Do not use `accelerator.accumulate` around it: the optimizer drops what is in
 .grad when a pass begins, so earlier micro-batches would not count. The last micro-batch of a pass reduces the gradients over
-the ranks. With fp16, accelerate's scaler calls a bare step(); use bf16.
+the ranks. Use bf16, not fp16: accelerate's scaler has no use for a closure.
+
+Under DDP each rank keeps a share of the momentum, so `accelerator.save_state` raises a RuntimeError. `save` below saves
+`full_state_dict()` instead, which resumes on any number of ranks.
 """
 
 from collections.abc import Iterator
@@ -13,6 +16,7 @@ from contextlib import nullcontext
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.optimizer import AcceleratedOptimizer
 from task import MICRO, ROWS, STEPS, TWO_PASSES, Net, batch, build, finish, leave
 from torch import Tensor
 
@@ -25,14 +29,33 @@ def samples(accelerator: Accelerator) -> Iterator[tuple[Tensor, Tensor]]:
         yield x[mine].to(accelerator.device), y[mine].to(accelerator.device)
 
 
-def train(variant: str) -> tuple[list[float], list[Tensor]]:
-    """The losses of every step (at the weights that the model then holds), and the final weights."""
-    accelerator = Accelerator(cpu=True)
+def save(accelerator: Accelerator, net: Net, optimizer: AcceleratedOptimizer, file: str) -> None:
+    """Save the weights and the whole momentum."""
+    state = {"weights": net.state_dict(), "optimizer": optimizer.optimizer.full_state_dict()}  # a collective
+    accelerator.save(state, file)  # on the first rank alone
+
+
+def train(
+    variant: str, accelerator: Accelerator | None = None, save_to: str = "", resume: str = ""
+) -> tuple[list[float], list[Tensor]]:
+    """The losses of every step (at the weights that the model then holds), and the final weights.
+
+    `save_to`: a file for the state after half of the steps. `resume`: go on from such a file.
+    """
+    accelerator = accelerator or Accelerator(cpu=True)
+    if accelerator.scaler is not None:
+        raise ValueError("mixed_precision must not be fp16: a scaled loss needs a bare step(), use bf16")
     net = Net()
     model = accelerator.prepare_model(net)
     optimizer = accelerator.prepare_optimizer(build(variant, net))
-    losses = []
-    for x, y in samples(accelerator):
+    losses, done = [], 0
+    if resume:
+        saved, done = torch.load(resume, weights_only=True), STEPS // 2
+        net.load_state_dict(saved["weights"])
+        optimizer.load_state_dict(saved["optimizer"])
+    for step, (x, y) in enumerate(samples(accelerator)):
+        if step < done:
+            continue
         micro = len(x) * MICRO // ROWS
 
         def closure(x: Tensor = x, y: Tensor = y, micro: int = micro) -> Tensor:
@@ -48,6 +71,8 @@ def train(variant: str) -> tuple[list[float], list[Tensor]]:
 
         loss = optimizer.optimizer.step(closure)  # accelerate's own step(closure) works as well, but returns no loss
         losses.append(accelerator.reduce(loss, "mean").item())
+        if save_to and step + 1 == STEPS // 2:
+            save(accelerator, net, optimizer, save_to)
     optimizer.optimizer.flush()
     return losses, [p.detach() for p in net.parameters()]
 

@@ -4,6 +4,8 @@
 
 The ranks share the optimizer's work: one rank keeps each matrix's momentum and computes its LMO, and every rank gets all
 directions. In each pass only the last micro-batch reduces the gradients.
+
+To save the optimizer, call `optimizer.full_state_dict()` on every rank and save what it returns on one.
 """
 
 from contextlib import nullcontext

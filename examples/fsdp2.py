@@ -3,7 +3,8 @@
     torchrun --standalone --nproc_per_node=2 examples/fsdp2.py
 
 Give the optimizer the sharded parameters: build it after `fully_shard`. Momentum is sharded like its parameter. Each pass must
-reduce gradients at its last micro-batch. If it does not, .grad is empty, and the optimizer raises a RuntimeError.
+reduce gradients at its last micro-batch. If it does not, .grad is empty, and the optimizer raises a RuntimeError. Save with
+torch.distributed.checkpoint, or call `optimizer.full_state_dict()` on every rank and save what it returns on one.
 """
 
 import torch

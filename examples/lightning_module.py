@@ -10,21 +10,32 @@ variant works this way, on two conditions:
 
 - accumulate_grad_batches must be 1. A pass of these optimizers starts by dropping what is in .grad, and with it the gradients
   of the earlier micro-batches. So `Automatic` below refuses any other value.
-- leave gradient_clip_val off. It would clip each pass by itself, and the size of a step does not depend on the gradient's.
+- with two passes, gradient_clip_val must be off, because it would clip each pass by itself. `Automatic` refuses it as well.
+
+Under DDP each rank keeps a share of the momentum, and Lightning saves the first rank's `state_dict()`, which raises a
+RuntimeError. `on_save_checkpoint` below saves `full_state_dict()` instead, which resumes on any number of ranks.
 """
 
 import logging
+import os
 import warnings
 from typing import Any
 
 import lightning
 import torch
-from task import MICRO, OPTIMIZERS, STEPS, Net, batch, build, finish
+from task import MICRO, OPTIMIZERS, STEPS, TWO_PASSES, Net, batch, build, finish
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 
-class Manual(lightning.LightningModule):
+class WholeState(lightning.LightningModule):
+    """Saves the whole momentum, from every rank."""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["optimizer_states"] = [optimizer.full_state_dict() for optimizer in self.trainer.optimizers]
+
+
+class Manual(WholeState):
     """Collects the micro-batches of a step, then evaluates them as often as the optimizer asks."""
 
     def __init__(self, variant: str, accumulate: int = 2) -> None:
@@ -57,7 +68,7 @@ class Manual(lightning.LightningModule):
         self.optimizers().flush()  # MVR-1, -2 and -3 hold their last update back
 
 
-class Automatic(lightning.LightningModule):
+class Automatic(WholeState):
     """Automatic optimization, as in most existing code."""
 
     def __init__(self, variant: str) -> None:
@@ -67,6 +78,8 @@ class Automatic(lightning.LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         if self.trainer.accumulate_grad_batches > 1:
             raise ValueError("accumulate_grad_batches must be 1: accumulate inside the closure, as `Manual` does")
+        if self.trainer.gradient_clip_val and self.variant in TWO_PASSES:
+            raise ValueError("gradient_clip_val must be off: it would clip each of the two passes by itself")
         return build(self.variant, self.net)
 
     def training_step(self, micro_batch: list[Tensor], index: int) -> Tensor:
@@ -79,11 +92,18 @@ class Automatic(lightning.LightningModule):
 
 
 def fit(module: Manual | Automatic, rows: int = MICRO, resume: str | None = None, **options: Any) -> lightning.Trainer:
-    """Train a module on all steps once, with `rows` samples per micro-batch."""
-    x, y = (torch.cat(parts) for parts in zip(*map(batch, range(STEPS)), strict=True))
+    """Train a module, by default on all steps once, with `rows` samples per micro-batch."""
+    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    x, y = (torch.cat(parts)[rank::world] for parts in zip(*map(batch, range(STEPS)), strict=True))
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    usual = {
+        "max_epochs": 1,
+        "accelerator": "cpu",
+        "devices": world,
+        "use_distributed_sampler": False,
+    }  # each rank has its rows
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = lightning.Trainer(max_epochs=1, accelerator="cpu", devices=1, **{**quiet, **options})
+    trainer = lightning.Trainer(**{**usual, **quiet, **options})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about few loader workers
         trainer.fit(module, DataLoader(TensorDataset(x, y), batch_size=rows), ckpt_path=resume)

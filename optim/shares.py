@@ -86,6 +86,10 @@ class Shares:
             load[owner] += _cost(p)
             count[owner] += 1
 
+    def forget(self, p: Tensor) -> None:
+        """Keep nothing of a parameter that is no longer here."""
+        self._owner.pop(p, None)
+
     def owner(self, p: Tensor) -> int | None:
         """The rank that computes the direction; None if every rank does so for its own rows."""
         return self._owner[p]

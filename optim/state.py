@@ -133,6 +133,7 @@ class LayerwiseState(Optimizer):
         present = {p for _, p in self._params()}
         for p in [key for key in self.state if isinstance(key, Tensor) and key not in present]:
             del self.state[p]
+            self._shares.forget(p)
         for group in self.param_groups:
             if new := [p for p in group["params"] if "steps" not in self.state.get(p, {})]:
                 self._check_group(group)
