@@ -135,7 +135,7 @@ def test_a_scaler_with_a_closure_is_refused(variant):
     script = framework("accelerate", "accelerate_loop")
     from accelerate.optimizer import AcceleratedOptimizer
 
-    net, scaler = task.Net(), torch.amp.GradScaler("cpu")
+    accelerator, net, scaler = script.Accelerator(cpu=True), task.Net(), torch.amp.GradScaler("cpu")
     optimizer = AcceleratedOptimizer(task.build(variant, net), scaler=scaler)
     before = [p.detach().clone() for p in net.parameters()]
 
@@ -147,7 +147,6 @@ def test_a_scaler_with_a_closure_is_refused(variant):
         scaler.step(task.build(variant, net), closure=closure)
     with pytest.raises(AssertionError, match="Attempted step but _scale is None"):  # accelerate gives the closure by position
         optimizer.step(closure)
-    accelerator = script.Accelerator(cpu=True)
     accelerator.scaler = scaler
     with pytest.raises(ValueError, match="use bf16"):
         script.train(variant, accelerator)
