@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common.errors import leave, one_line_errors
+from common.errors import UserError, failure_of, leave, one_line_errors
 from training.config import Config, load_config
 
 if __name__ == "__main__":  # mistakes in the options are reported before torch is imported, which takes seconds
@@ -31,12 +31,14 @@ from data.loader import TokenStream
 from model import GPT, GPTConfig
 from training import checkpoint, numerics
 from training.checkpoint import Position
+from training.driver import can_resume, validating
 from training.finite import FiniteGuard
 from training.inputs import identity, micro_batch_size, open_data
 from training.last_gradient import LastGradient
 from training.metrics import Clock, Metrics, Progress
 from training.optimizers import build_optimizer, is_deferred, schedule, updates_of
 from training.ranks import Ranks
+from training.rehearsal import drive
 from training.resume import check_data, own_options
 from training.run_folder import ask_for_requeue, find_start, hold, lock_of, prepare_run
 from training.saver import Saver
@@ -81,10 +83,9 @@ def run(config: Config, ranks: Ranks, at_end: ExitStack) -> Path:
     model = GPT(GPTConfig(config.vocab_size, config.n_layer, config.n_head, config.d_model, config.seq_len))
     model.to(device, torch.float64 if dtype == "float64" else torch.float32)
     compiled: Any = ranks.on_all(numerics.compiled, model, config, ranks, at_end)
-    optimizer: Any = ranks.on_all(build_optimizer, model, config)
+    optimizer: Any = drive(ranks.on_all(build_optimizer, model, config), model, config, ranks)
     set_schedule = schedule(optimizer, config)
-    deferred = is_deferred(optimizer)
-
+    deferred, resumable = is_deferred(optimizer), can_resume(optimizer)
     finite = FiniteGuard(model, optimizer, ranks, config, position.skipped)
     net = Net(model, compiled, config, ranks, dtype, finite, position.sequences)
     last_gradient = None  # the gradient that MuonMVR compares with, if it needs an extra pass
@@ -109,14 +110,8 @@ def run(config: Config, ranks: Ranks, at_end: ExitStack) -> Path:
     clock = Clock(device, position.seconds)
     progress = Progress(config, ranks, position, model.flops_per_token(config.seq_len))
     at_end.callback(progress.close)
-    progress.say(
-        f"{config.run_name}: {sum(p.numel() for p in model.parameters()):,} parameters, {config.optimizer}, {dtype} on "
-        f"{ranks.size} × {torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type}\n"
-        f"{config.batch_size} sequences of {config.seq_len} tokens a step = {ranks.size} ranks × {net.rows // net.micro} "
-        f"micro-batches × {net.micro} sequences; steps {position.step} to {config.steps}"
-        + (f", from {source}" if source else "")
-        + "".join(f"\n{note}" for note in notes)
-    )
+    progress.say(_opening(config, ranks, net, model, dtype))
+    progress.say("\n".join([f"steps {position.step} to {config.steps}" + (f", from {source}" if source else ""), *notes]))
 
     def record(update: int, **losses: float) -> None:
         """Write losses at the weights number `update`, and show them."""
@@ -130,7 +125,7 @@ def run(config: Config, ranks: Ranks, at_end: ExitStack) -> Path:
 
     def validate(update: int) -> int:
         """Validate the weights that the model holds, number `update`. Returns the number."""
-        with clock.stopped(), stop.pause():
+        with clock.stopped(), stop.pause(), validating(optimizer):
             ranks.check_identical(model)
             record(update, val_loss=net.validate(val_stream))
         return update
@@ -158,7 +153,8 @@ def run(config: Config, ranks: Ranks, at_end: ExitStack) -> Path:
             validated = validate(update)
         progress.step()
         stopped = stop.agreed()
-        if stopped or step + 1 == config.steps or (config.checkpoint_every and (step + 1) % config.checkpoint_every == 0):
+        due = config.checkpoint_every and (step + 1) % config.checkpoint_every == 0
+        if resumable and (due or stopped or step + 1 == config.steps):
             with clock.stopped(), stop.pause():
                 finite.check_state()
                 size = metrics.durable_bytes()
@@ -167,27 +163,41 @@ def run(config: Config, ranks: Ranks, at_end: ExitStack) -> Path:
         if stopped:
             break
 
-    # The end.
+    # The end. A run writes its weights even if its last checkpoint could not be written.
     stop.finish()
     if position.step == config.steps:
         progress.say(f"all {config.steps} steps are done; a larger --steps continues")
-    ranks.on_all(saver.finish)
-    if stopped:
+    lost = failure_of(ranks.on_all, saver.finish)
+    if stopped and resumable and not lost:
         if ranks.first and stopped == "preempted":
             ask_for_requeue(run_dir)
         progress.say(f"stopped after step {step + 1} of {config.steps}; --resume auto continues from there")
-    else:
+    elif not (stopped and resumable):
         if deferred:
             optimizer.flush()
-        update = updates_of(optimizer, config.steps - finite.skipped)
-        if validated != update:
-            validate(update)
-        finite.check_state()
-        ranks.on_first(checkpoint.save_weights, run_dir / "model.safetensors", model)
+        update = updates_of(optimizer, (step + 1 if stopped else config.steps) - finite.skipped)
+        with validating(optimizer):
+            if validated != update:
+                validate(update)
+            finite.check_state()
+            unwritten = failure_of(ranks.on_first, checkpoint.save_weights, run_dir / "model.safetensors", model)
+        lost = lost or unwritten
         progress.say(f"{config.run_name}: {update} updates, {net.passes} gradient evaluations, {clock.seconds:.1f} s")
+    if lost:
+        raise UserError(lost, everywhere=True)
     progress.close()
     ranks.on_first(metrics.finish)
     return run_dir
+
+
+def _opening(config: Config, ranks: Ranks, net: "Net", model: GPT, dtype: str) -> str:
+    """What a run says of itself at its start."""
+    on = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else ranks.device.type
+    return (
+        f"{config.run_name}: {sum(p.numel() for p in model.parameters()):,} parameters, {config.optimizer}, {dtype} on "
+        f"{ranks.size} × {on}\n{config.batch_size} sequences of {config.seq_len} tokens a step = {ranks.size} ranks × "
+        f"{net.rows // net.micro} micro-batches × {net.micro} sequences"
+    )
 
 
 class Net:

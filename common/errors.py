@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 class UserError(Exception):
@@ -34,6 +34,15 @@ class Diverged(UserError):
 
     def __init__(self, message: str) -> None:
         super().__init__(message, everywhere=True)
+
+
+def failure_of(act: Callable[..., Any], *arguments: Any) -> str:
+    """Call `act`. Returns the message of its UserError; empty if there is none."""
+    try:
+        act(*arguments)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 @contextmanager

@@ -1,8 +1,9 @@
-"""Checkpoints: plain safetensors and JSON, so that loading one executes nothing.
+"""Checkpoints: plain data, so that loading one executes nothing.
 
     runs/<run>/checkpoints/step_0001000/
         model.safetensors            the weights, from rank 0
         optimizer-00000.safetensors  per rank: the optimizer's tensors that this rank writes
+        optimizer-00000.pt           in its place for an optimizer that is not ours: its state_dict(), as data
         state.json                   the position in the run, the optimizer's scalars, and the sha256 of the files
 
 Any world size can load a checkpoint, and so can a model that FSDP2 shards (its own checkpoints hold full tensors, from
@@ -29,6 +30,9 @@ from torch.optim import Optimizer
 from common.errors import UserError, say
 from common.files import atomic_file
 from optim.base import LayerwiseOptimizer
+from training.driver import Driver
+from training.optimizers import in_words, writes_lr
+from training.packing import from_bytes, to_bytes
 from training.ranks import Ranks
 
 _FORMAT = 3
@@ -63,16 +67,40 @@ _KEYS = {field.name: field.name for field in fields(Position)} | {"sequences": "
 
 @dataclass(frozen=True)
 class Copy:
-    """What a checkpoint holds, on the host. `weights` is empty except on rank 0; `buffers` is what this rank writes."""
+    """What a checkpoint holds, on the host. `weights` is empty except on rank 0; `buffers` is what this rank writes.
+
+    `packed`: the state of an optimizer that is not ours, on the ranks that write it, or why there is none.
+    """
 
     weights: dict[str, Tensor]
     buffers: dict[str, Tensor]
     state: dict[str, Any]
+    packed: Any = None
+
+    def own_file(self, rank: int) -> tuple[str, bytes]:
+        """Name and content of the file that this rank writes, besides the weights."""
+        name = f"optimizer-{rank:05d}"
+        if isinstance(self.packed, Exception):
+            raise UserError(f"the optimizer's state can't be saved: {in_words(self.packed)}")
+        return (f"{name}.safetensors", save(self.buffers)) if self.packed is None else (f"{name}.pt", to_bytes(self.packed))
 
 
-def copy_state(model: nn.Module, optimizer: Optimizer, ranks: Ranks, position: Position, config: dict[str, Any]) -> Copy:
+def copy_state(
+    model: nn.Module, optimizer: Optimizer | Driver, ranks: Ranks, position: Position, config: dict[str, Any]
+) -> Copy:
     """Copy the weights, the optimizer's state and the position. A collective."""
     names = {p: name for name, p in model.named_parameters()}
+    counters = {key: getattr(position, name) for name, key in _KEYS.items()}
+    state = {"format": _FORMAT, **counters, "config": config}
+    if isinstance(optimizer, Driver):
+        packed: Any = None
+        try:
+            if ranks.first or optimizer.manner.per_rank:
+                packed = optimizer.save()
+        except Exception as error:  # whatever a class of others raises; the run goes on
+            packed = error
+        order = [names.get(p, "") for group in optimizer.param_groups for p in group["params"]]
+        return Copy(copies(model.state_dict(), ranks.first), {}, state | {"optimizer": {"groups": [{"params": order}]}}, packed)
     tensors: dict[str, Tensor] = {}
     slices = set()  # names of tensors that hold some rows; other ranks have the rest
     scalars: dict[str, dict[str, Any]] = {}
@@ -96,8 +124,7 @@ def copy_state(model: nn.Module, optimizer: Optimizer, ranks: Ranks, position: P
         {**{k: v for k, v in group.items() if k != "params"}, "params": [names[p] for p in group["params"]]}
         for group in optimizer.param_groups
     ]
-    counters = {key: getattr(position, name) for name, key in _KEYS.items()}
-    state = {"format": _FORMAT, **counters, "config": config, "optimizer": {"groups": groups, "state": scalars}}
+    state["optimizer"] = {"groups": groups, "state": scalars}
     return Copy(copies(model.state_dict(), ranks.first), buffers, state)
 
 
@@ -158,10 +185,10 @@ def has_checkpoints(folder: Path) -> bool:
     return bool(list_checkpoints(folder))
 
 
-def load(checkpoint: Path, state: dict[str, Any], model: nn.Module, optimizer: Optimizer) -> None:
+def load(checkpoint: Path, state: dict[str, Any], model: nn.Module, optimizer: Optimizer | Driver) -> None:
     """Load weights and optimizer. Raises UserError if they belong to another model or another optimizer.
 
-    The optimizer keeps the options that it was built with; its counters and its pending update come from the checkpoint.
+    One of ours keeps the options that it was built with; its counters and its pending update come from the checkpoint.
     """
     try:
         weights, own = load_file(checkpoint / "model.safetensors"), model.state_dict()
@@ -169,11 +196,14 @@ def load(checkpoint: Path, state: dict[str, Any], model: nn.Module, optimizer: O
     except (RuntimeError, SafetensorError) as error:
         raise UserError(f"{checkpoint} belongs to another model: {str(error).splitlines()[-1].strip()}") from None
     names = {p: name for name, p in model.named_parameters()}
-    order = [names[p] for group in optimizer.param_groups for p in group["params"]]
+    order = [names.get(p, "") for group in optimizer.param_groups for p in group["params"]]
     try:
         saved = state["optimizer"]
         if order != [name for group in saved["groups"] for name in group["params"]]:
             raise UserError(f"{checkpoint} belongs to another optimizer: its parameter groups differ")
+        if isinstance(optimizer, Driver):
+            _load_packed(checkpoint, state, optimizer)
+            return
         index = {name: i for i, name in enumerate(order)}
         groups = []
         for group, built in zip(saved["groups"], optimizer.param_groups, strict=True):
@@ -185,6 +215,22 @@ def load(checkpoint: Path, state: dict[str, Any], model: nn.Module, optimizer: O
         optimizer.load_state_dict({"state": loaded, "param_groups": groups})
     except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{checkpoint} belongs to another optimizer: {reason(error)}") from None
+
+
+def _load_packed(checkpoint: Path, state: dict[str, Any], optimizer: Driver) -> None:
+    """Load the state of an optimizer that is not ours. Raises UserError if it is not this optimizer's."""
+    files = sorted(name for name in state["files"] if name.startswith("optimizer-") and name.endswith(".pt"))
+    ranks = optimizer.ranks
+    if len(files) not in (1, ranks.size):
+        raise UserError(
+            f"{checkpoint} was written by {len(files)} ranks, and {state['config']['optimizer']} keeps a state of its own on "
+            f"each; resume it on {len(files)} ranks"
+        )
+    try:
+        content = (checkpoint / files[ranks.rank if len(files) > 1 else 0]).read_bytes()
+        optimizer.load(from_bytes(content), writes_lr(state["config"]))
+    except Exception as error:  # whatever a class of others raises
+        raise UserError(f"{checkpoint} belongs to another optimizer: {in_words(error)}") from None
 
 
 def _load_buffers(checkpoint: Path, files: dict[str, str], states: dict[str, dict[str, Any]]) -> dict[str, dict[str, Tensor]]:
@@ -238,9 +284,8 @@ def _shard_like(value: Tensor, own: Tensor | None) -> Tensor:
     return distribute_tensor(value.to(own.device), own.device_mesh, own.placements)
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
-    """Write a safetensors file. Returns its checksum."""
-    content = save(tensors)
+def write(path: Path, content: bytes) -> str:
+    """Write a file. Returns its checksum."""
     with atomic_file(path) as file:
         file.write(content)
     return hashlib.sha256(content).hexdigest()

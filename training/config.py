@@ -39,7 +39,7 @@ def option(default: bool | int | float | str | None, help: str, **rules: Any) ->
 
 
 def kind_of(opt: dataclasses.Field) -> type:
-    """The type of an option, as it is annotated, without None: bool, int, float, str or dict."""
+    """The type of an option, as it is annotated, without None: bool, int, float, str, dict or list."""
     return next(kind for kind in get_args(opt.type) or (opt.type,) if kind is not NoneType)
 
 
@@ -83,6 +83,10 @@ class Config:
     )
     optimizer_options: dict | None = option(None, "further arguments of the optimizer's constructor")  # noqa: RUF009
     embed_options: dict | None = option(None, "options of the embedding that differ")  # noqa: RUF009
+    param_groups: list | None = option(  # noqa: RUF009
+        None,
+        'groups of your own, as [pattern, options] pairs such as [["blocks.*", {"lr": 0.02}], ["*", {}]]; first match wins',
+    )
     block_norm: str = option("spectral", "norm of the blocks", choices=NORMS)
     block_radius: float = option(50.0, "radius of the blocks' matrices", above=0)
     embed_norm: str = option("sign", "norm of the embedding", choices=NORMS)
@@ -214,7 +218,7 @@ def _parser() -> _Parser:
             group.add_argument(flag, action="append", nargs="?", const="true", metavar="BOOL", help=help)
             group.add_argument("--no-" + flag[2:], dest=opt.name, action="append_const", const="false", help=argparse.SUPPRESS)
         else:
-            metavar = {int: "INTEGER", float: "NUMBER", str: "TEXT", dict: "JSON"}[kind]
+            metavar = {int: "INTEGER", float: "NUMBER", str: "TEXT", dict: "JSON", list: "JSON"}[kind]
             group.add_argument(flag, action="append", metavar=metavar, help=help)
     return parser
 
@@ -250,7 +254,7 @@ def _parsed(name: str, text: str) -> Any:
     if kind is bool:
         return {"true": True, "false": False}.get(text.lower(), text)
     try:
-        return json.loads(text) if kind is dict else kind(text)
+        return json.loads(text) if kind in (dict, list) else kind(text)
     except ValueError:
         return text
 
@@ -304,6 +308,7 @@ def _nearest_file(path: str) -> str:
 KINDS = {
     bool: "True or False", int: "an integer", float: "a finite number", str: "printable text",
     dict: 'option names and their values, such as {"nesterov": false}',
+    list: 'pairs of a pattern and options, such as [["blocks.*", {"lr": 0.02}], ["*", {}]]',
 }  # fmt: skip
 BOUNDS = {
     "least": ("of at least", operator.ge),
@@ -344,13 +349,22 @@ def _wanted(opt: dataclasses.Field) -> str:
 
 def _converted(kind: type, value: Any) -> Any:
     """The value as this type. Raises an error if it is of another one."""
-    if kind is dict:
-        if not (isinstance(value, dict) and all(isinstance(name, str) and name.isidentifier() for name in value)):
+    if kind in (dict, list):
+        if not (_are_options(value) if kind is dict else _are_groups(value)):
             raise TypeError
         return json.loads(json.dumps(value, allow_nan=False))  # a tuple becomes a list, as in a saved config
     if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool) != (kind is bool):
         raise TypeError
     return kind(value)
+
+
+def _are_options(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(name, str) and name.isidentifier() for name in value)
+
+
+def _are_groups(value: Any) -> bool:
+    pairs = isinstance(value, list | tuple) and all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in value)
+    return pairs and len(value) > 0 and all(isinstance(p, str) and _are_options(o) and "params" not in o for p, o in value)
 
 
 def _fits(opt: dataclasses.Field, value: Any) -> bool:

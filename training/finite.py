@@ -18,22 +18,22 @@ from torch.optim import Optimizer
 
 from common.errors import Diverged, say
 from training.config import Config
+from training.driver import Driver, NotFiniteError
+from training.packing import leaves
 from training.ranks import Ranks
 
 _MOST_IN_A_ROW = 20
 
 
-class NotFiniteError(Exception):
-    """Ends a pass whose loss or gradient is not finite. All ranks raise it."""
-
-
 class FiniteGuard:
     """Watches the losses and gradients of a run. `skipped` counts the steps that were not finite."""
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, ranks: Ranks, config: Config, skipped: int = 0) -> None:
+    def __init__(self, model: nn.Module, optimizer: Optimizer | Driver, ranks: Ranks, config: Config, skipped: int = 0) -> None:
         self._model, self._optimizer, self._ranks = model, optimizer, ranks
         self._skip, self._batch_size = config.on_nan == "skip", config.batch_size
         self._later = ranks.device.type == "cuda" and not self._skip
+        # Places in the state of an optimizer that is not ours where infinity is no trouble: "the best loss so far", say.
+        self._infinite = optimizer.manner.infinite if isinstance(optimizer, Driver) else frozenset()
         self._names = ["loss", *(name for name, _ in model.named_parameters())]
         self._step = 0
         self._flags: Tensor | None = None  # of this step so far, on the device
@@ -87,8 +87,9 @@ class FiniteGuard:
         self._read()
         names: dict[Tensor, str] = {p: name for name, p in self._model.named_parameters()}
         tensors = {f"the weights of {name}": p.detach() for p, name in names.items()}
-        for p, state in self._optimizer.state.items():
-            tensors |= {f"{key} of {names[p]}": value for key, value in state.items() if isinstance(value, Tensor)}
+        for key, state in self._optimizer.state.items():
+            whose = names.get(key, "a parameter") if isinstance(key, Tensor) else str(key)
+            tensors |= {f"{place} of {whose}": value for place, value in leaves(state) if place not in self._infinite}
         fine = torch.stack(
             [norm.isfinite().to(self._ranks.device) for norm in torch._foreach_norm(list(tensors.values()), torch.inf)]
         )

@@ -1,9 +1,11 @@
 """Builds a run's optimizer from its options: ours by name, any `torch.optim.Optimizer` by package.module:Class."""
 
-import difflib
 import importlib
 import inspect
+import traceback
 from collections.abc import Callable
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor
@@ -17,45 +19,146 @@ from training.config import Config
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {**BY_NAME, "adamw": Gluon}
 # Options that not every optimizer has. Those that the user sets are passed on; one that the constructor lacks is an error.
+_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 _GIVEN = ("momentum", "gamma", "q", "weight_decay", "bias_correction", "eps")
 
 
 def build_optimizer(model: GPT, config: Config) -> Optimizer:
-    """The run's optimizer, with two groups: the matrices of the blocks, and the tied embedding.
+    """The run's optimizer, with two groups: the matrices of the blocks, and the tied embedding; or those of `param_groups`.
 
     Optimizers with norms also get scale, polar, and each group's norm and radius. MuonMVR trains the embedding with AdamW. Any
-    other optimizer gets two plain groups. `embed_options` is for the second group.
+    other optimizer gets plain groups. `embed_options` is for the second group.
     Raises UserError for an optimizer that can't be found or built.
     """
     kind = optimizer_class(config.optimizer)
-    groups: list[dict[str, Any]] = [
-        {"params": list(model.blocks.parameters())},
-        {"params": [model.embedding.weight]},
-    ]
-    assert sorted(id(p) for g in groups for p in g["params"]) == sorted(id(p) for p in model.parameters())
+    groups = _groups(model, config)
     options: dict[str, Any] = {name: value for name in _GIVEN if (value := getattr(config, name)) is not None}
     if (config.beta1, config.beta2) != (None, None):
         beta1, beta2 = adamw.DEFAULTS["betas"]
         betas = (beta1 if config.beta1 is None else config.beta1, beta2 if config.beta2 is None else config.beta2)
         options["adamw_betas" if issubclass(kind, MuonMVR) else "betas"] = betas
+    embeddings = [all(p is model.embedding.weight for p in group["params"]) for group in groups]
     if issubclass(kind, MuonMVR):
-        groups[0]["use_muon"], groups[1]["use_muon"] = True, False
+        groups = [{"use_muon": not embedding} | group for group, embedding in zip(groups, embeddings, strict=True)]
         options["is_approx"] = config.compare_with == "last_step"
     elif issubclass(kind, LayerwiseOptimizer):
-        norms = ("adamw", "adamw") if config.optimizer == "adamw" else (config.block_norm, config.embed_norm)
-        for group, norm, radius in zip(groups, norms, (config.block_radius, config.embed_radius), strict=True):
-            group |= {"norm": norm, "radius": 1.0 if norm == "adamw" else radius}  # AdamW's learning rate is lr itself
+        groups = [_normed(group, embedding, config) for group, embedding in zip(groups, embeddings, strict=True)]
         options |= {"scale": config.scale, "polar": config.polar}
     options |= config.optimizer_options or {}
     of_group = kind.option_rules().keys() if issubclass(kind, LayerwiseOptimizer) else set()
-    of_embedding = config.embed_options or {}
-    _refuse(config, [name for name in options if name not in accepted(kind)], kind)
-    _refuse(config, [name for name in of_embedding if name not in accepted(kind) | of_group], kind)
-    groups[1] |= of_embedding
+    of_groups = [config.embed_options or {}]
+    if issubclass(kind, LayerwiseOptimizer):
+        of_groups += [own for _, own in config.param_groups or ()]
+        of_group = of_group | ({"use_muon"} if issubclass(kind, MuonMVR) else set())
+    if not _takes_any(kind):
+        _refuse(config, [name for name in options if name not in accepted(kind)], kind)
+        _refuse(config, [name for own in of_groups for name in own if name not in accepted(kind) | of_group], kind)
+    groups[-1] |= of_groups[0]
+    if not issubclass(kind, LayerwiseOptimizer):
+        return _construct(kind, groups, options, model, config)
     try:
-        return kind(groups, lr=config.lr, **options)  # type: ignore[call-arg]  # each has its own
+        return kind(groups, lr=config.lr, **options)
     except (TypeError, ValueError) as error:
-        raise UserError(f"optimizer = {config.optimizer}: {' '.join(str(error).split())}") from None
+        raise refusal(config, _line(error)) from None
+
+
+def _groups(model: GPT, config: Config) -> list[dict[str, Any]]:
+    """The parameter groups: the first pattern that matches a parameter's name takes it."""
+    left = dict(model.named_parameters())
+    if config.param_groups is None:
+        groups: list[dict[str, Any]] = [{"params": list(model.blocks.parameters())}, {"params": [model.embedding.weight]}]
+        assert sorted(id(p) for g in groups for p in g["params"]) == sorted(map(id, left.values()))
+        return groups
+    if config.embed_options:
+        raise UserError("embed_options and param_groups exclude each other; give the embedding's options in its group")
+    groups, names = [], list(left)
+    for pattern, options in config.param_groups:
+        taken = [name for name in left if fnmatchcase(name, pattern)]
+        if not taken:
+            again = any(fnmatchcase(name, pattern) for name in names)
+            why = "an earlier pattern has taken its parameters" if again else f"the names are {names[0]} … {names[-1]}"
+            raise UserError(f"param_groups: nothing is left for the pattern {pattern!r}; {why}")
+        groups.append({"params": [left.pop(name) for name in taken], **options})
+    if left:
+        raise UserError(f"""param_groups: no pattern matches {next(iter(left))}; end with ["*", {{}}]""")
+    return groups
+
+
+def _normed(group: dict[str, Any], embedding: bool, config: Config) -> dict[str, Any]:
+    """A group with its norm and radius: its own, or the config's for the blocks or the embedding."""
+    norm = config.embed_norm if embedding else config.block_norm
+    norm = group.get("norm", "adamw" if config.optimizer == "adamw" else norm)
+    radius = config.embed_radius if embedding else config.block_radius
+    return {"norm": norm, "radius": 1.0 if norm == "adamw" else radius} | group  # AdamW's learning rate is lr itself
+
+
+def _construct(
+    kind: type[Optimizer], groups: list[dict[str, Any]], options: dict[str, Any], model: GPT, config: Config
+) -> Optimizer:
+    """An optimizer that is not ours. One that takes no groups with options gets all parameters in one."""
+    named = [(name, p) for name, p in model.named_parameters()]
+    arguments = dict(inspect.signature(kind).parameters)
+    first = next(iter(arguments), "params")
+    arguments.pop(first, None)
+    of_model: dict[str, Any] = {"model": model, **dict.fromkeys(("named_parameters", "named_params"), named)}
+    given: dict[str, Any] = {} if "lr" not in arguments and not _takes_any(kind) else {"lr": config.lr}
+    given |= {name: value for name, value in of_model.items() if name in arguments} | options
+    for name in (name for _, own in config.param_groups or () for name in own if name not in accepted(kind)):
+        if near := get_close_matches(name, accepted(kind), n=1, cutoff=0.8):
+            raise refusal(config, f"{name} in param_groups is none of its options; did you mean {near[0]}?")
+    for name, argument in [(first, None), *arguments.items()]:
+        if name in given or (argument and (argument.default is not argument.empty or argument.kind in _VARIADIC)):
+            continue
+        if "optimizer" in name:
+            raise refusal(config, f"its constructor needs {name}; write a class that makes both, as examples/sam.py does")
+        if argument:
+            raise refusal(config, f"""its constructor needs {name}; give it with --optimizer-options '{{"{name}": ...}}'""")
+    plain = not (config.param_groups or config.embed_options)
+    if first in of_model and not plain:
+        raise refusal(config, f"its constructor takes {first} and no groups, so param_groups and embed_options have no place")
+    choices: list[Any] = [of_model[first]] if first in of_model else [groups, *[[p for _, p in named]] * plain]
+    failure: Exception | None = None
+    for params in choices:
+        try:
+            return kind(params, **given)
+        except Exception as error:  # whatever a class of others raises
+            failure = failure or error
+    assert failure is not None
+    raise refusal(config, _line(failure) if isinstance(failure, TypeError | ValueError) else why_not(failure))
+
+
+def refusal(config: Config, why: str, everywhere: bool = False) -> UserError:
+    """The error that names the run's optimizer."""
+    return UserError(f"optimizer = {config.optimizer}: {why}", everywhere)
+
+
+def in_words(error: BaseException) -> str:
+    """An error of a class that is not ours, on one short line. If it says nothing, the line of code that failed."""
+    frames = traceback.extract_tb(error.__traceback__)
+    text = _line(error) or (f"{frames[-1].line}" if frames else "")
+    return f"{type(error).__name__}: {text[:200]}"
+
+
+def why_not(error: Exception) -> str:
+    """Why a class that is not ours can't be used here."""
+    text = in_words(error)
+    if isinstance(error, KeyError) and error.args and isinstance(error.args[0], str):
+        return f"""it needs {error.args[0]} in each group; give it with --param-groups '[["*", {{"{error.args[0]}": ...}}]]'"""
+    if any(sign in text for sign in ("create_graph", "does not require grad", "grad_fn")):
+        return "it needs second derivatives (create_graph=True), and the trainer computes gradients alone"
+    if "process group" in text.lower():
+        return f"it needs a process group ({text}); start it with torchrun"
+    return f"it fails ({text})"
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def takes_closure(kind: type[Optimizer]) -> bool:
+    """Whether `step` has a place for a closure."""
+    _, *others = inspect.signature(kind.step).parameters.values()
+    return any(p.name == "closure" or p.kind is not p.KEYWORD_ONLY for p in others)
 
 
 def optimizer_class(name: str) -> type[Optimizer]:
@@ -69,7 +172,7 @@ def optimizer_class(name: str) -> type[Optimizer]:
         raise UserError(f"optimizer = {name}: {module_name} can't be imported ({' '.join(str(error).split())[:200]})") from None
     found = getattr(module, class_name, None)
     if found is None:
-        near = difflib.get_close_matches(class_name, dir(module), n=1)
+        near = get_close_matches(class_name, dir(module), n=1)
         raise UserError(
             f"optimizer = {name}: {module_name} has no {class_name}" + (f"; did you mean {near[0]}?" if near else "")
         )
@@ -89,11 +192,15 @@ def is_deferred(optimizer: Optimizer) -> bool:
 
 
 def schedule(optimizer: Optimizer, config: Config) -> Callable[[int], None]:
-    """A function that sets every group's lr (and momentum) for a step.
+    """A function that sets every group's lr (and momentum) for a step. It leaves alone what the schedule does not change.
 
     linear: the lr of each group rises over the warm-up and falls over the warm-down. theory: the papers' decreasing steps, with
     their momentum (Gluon: 1-β = (k+1)^(-1/2), t ∝ (k+1)^(-3/4); with two gradients a step, 1-β = t = (k+1)^(-2/3)).
     """
+    if not writes_lr(config.to_dict()):
+        return lambda step: None
+    if any("lr" not in group for group in optimizer.param_groups):
+        raise refusal(config, "its groups have no lr; --schedule constant without --warmup-steps needs none", everywhere=True)
     first_lr = [float(group["lr"]) for group in optimizer.param_groups]
     power, weight = (-2 / 3, -2 / 3) if getattr(optimizer, "passes", 1) == 2 else (-3 / 4, -1 / 2)
 
@@ -115,6 +222,11 @@ def linear_factor(config: Config, step: int) -> float:
     return factor
 
 
+def writes_lr(config: dict[str, Any]) -> bool:
+    """Whether a run with these options sets the lr. If not, it is the optimizer's own affair."""
+    return config["schedule"] != "constant" or config["warmup_steps"] > 0
+
+
 def _set_lr(group: dict[str, Any], lr: float) -> None:
     if isinstance(group["lr"], Tensor):
         group["lr"].fill_(lr)
@@ -128,6 +240,13 @@ def accepted(kind: type[Optimizer]) -> set[str]:
     if issubclass(kind, LayerwiseOptimizer) and "options" in names:
         names |= kind.option_rules().keys() | inspect.signature(LayerwiseOptimizer).parameters.keys()
     return names - {"params", "options", "process_group"}
+
+
+def _takes_any(kind: type[Optimizer]) -> bool:
+    """Whether a constructor that is not ours takes options that it does not name."""
+    return not issubclass(kind, LayerwiseOptimizer) and any(
+        p.kind is p.VAR_KEYWORD for p in inspect.signature(kind).parameters.values()
+    )
 
 
 def _refuse(config: Config, names: list[str], kind: type[Optimizer]) -> None:

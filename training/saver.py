@@ -15,6 +15,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save
 from torch import nn
 from torch.optim import Optimizer
 
@@ -22,6 +23,7 @@ from common.errors import UserError, say
 from common.files import sync_directory, write_text
 from training import checkpoint
 from training.checkpoint import Copy, Position
+from training.driver import Driver
 from training.inputs import Identity
 from training.ranks import Ranks
 
@@ -50,7 +52,7 @@ class Saver:
             if checkpoint.step_of(stale) < before:
                 shutil.rmtree(stale, ignore_errors=True)
 
-    def save(self, model: nn.Module, optimizer: Optimizer, position: Position, config: dict[str, Any]) -> None:
+    def save(self, model: nn.Module, optimizer: Optimizer | Driver, position: Position, config: dict[str, Any]) -> None:
         """Copy the state, and write it while training continues. A collective."""
         self.wait()
         copy = checkpoint.copy_state(model, optimizer, self._ranks, position, config)
@@ -84,14 +86,14 @@ class Saver:
         temporary = self._folder / f".{name}-{self._launch}"
         try:
             temporary.mkdir(parents=True, exist_ok=True)
-            own = f"optimizer-{self._ranks.rank:05d}.safetensors"
-            sums = {own: checkpoint.write_tensors(temporary / own, copy.buffers)}
+            own, content = copy.own_file(self._ranks.rank)
+            sums = {own: checkpoint.write(temporary / own, content)}
             if not self._ranks.first:
                 self._report(step, sums)
                 return
             if state["metrics_bytes"] is None:
                 raise UserError("metrics.jsonl can't be written, and a checkpoint needs it")
-            sums |= {"model.safetensors": checkpoint.write_tensors(temporary / "model.safetensors", copy.weights)}
+            sums |= {"model.safetensors": checkpoint.write(temporary / "model.safetensors", save(copy.weights))}
             files = sums | self._collect(step)
             write_text(temporary / "state.json", json.dumps(state | {"data": self._data, "files": files}, indent=1))
             final = self._folder / name

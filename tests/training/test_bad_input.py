@@ -312,7 +312,6 @@ WRONG = {
     '--optimizer gluon --embed-options {{"nesterov":true}}': "nesterov is not an option of optimizer = gluon",
     '--optimizer torch.optim:AdamW --optimizer-options {{"betas":3}}': "optimizer = torch.optim:AdamW: ",
     '--optimizer torch.optim:AdamW --embed-options {{"momentun":0.9}}': "momentun is not an option of optimizer = torch",
-    "--optimizer torch.optim:LBFGS": "optimizer = torch.optim:LBFGS: LBFGS doesn't support per-parameter options",
     "--optimizer torch.optim:Optimizer": "optimizer = torch.optim:Optimizer: ",
     '--optimizer gluon --optimizer-options {{"lr":1}}': "multiple values for keyword argument 'lr'",
 }

@@ -146,14 +146,14 @@ def test_a_disk_that_stays_full_leaves_the_old_checkpoints_intact(trainer, undis
 
 
 def rank_1_cannot_write_once() -> None:
-    write = training.checkpoint.write_tensors
+    write = training.checkpoint.write
 
-    def failing(path: Path, tensors: dict) -> str:
+    def failing(path: Path, content: bytes) -> str:
         if on_rank(1) and "step_0000002" in str(path):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        return write(path, tensors)
+        return write(path, content)
 
-    training.checkpoint.write_tensors = failing
+    training.checkpoint.write = failing
 
 
 def test_a_write_that_fails_on_another_rank_is_reported(trainer):  # noqa: F811
@@ -166,8 +166,8 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
     model = torch.nn.Linear(3, 3)
     optimizer = torch.optim.SGD(model.parameters(), momentum=0.9)
     (tmp_path / "checkpoints").mkdir()
-    write = training.checkpoint.write_tensors
-    monkeypatch.setattr(training.checkpoint, "write_tensors", lambda *a: (time.sleep(0.5), write(*a))[1])
+    write = training.checkpoint.write
+    monkeypatch.setattr(training.checkpoint, "write", lambda *a: (time.sleep(0.5), write(*a))[1])
     saver = Saver(tmp_path, ALONE, keep=2)
     before = model.weight.detach().clone()
     started = time.monotonic()
