@@ -12,7 +12,7 @@ from training.run_folder import is_in
 # A resume that names another value of one of these is another experiment, and refused.
 _FIXED = (
     "seed", "shuffle", "batch_size", "seq_len", "vocab_size", "n_layer", "n_head", "d_model", "optimizer", "compare_with",
-    "block_norm", "embed_norm",
+    "block_norm", "embed_norm", "param_groups",
 )  # fmt: skip
 # These say where and how this launch runs, and are never taken over.
 _OF_THE_LAUNCH = ("run_name", "results_dir", "overwrite", "resume", "other_data", "device", "rank_timeout")
