@@ -67,7 +67,7 @@ _ARMS = (
 ARMS = {arm.key: arm for arm in _ARMS}
 CHANGE = r"\|D\|/\|G\|"
 KEPT, DROPPED = "gluon_beta0.9", "gluon_beta0"  # the two runs between which every method lies
-EXACT = (KEPT, "gluon_beta0.5", DROPPED, "mvr1_beta0.9", "mvr2_q0.5")
+EXACT = (KEPT, "gluon_beta0.5", DROPPED, "mvr1_beta0.9")
 DRAWN = {KEPT: "-", "mvr2_q0.5": "--", DROPPED: "-", "mvr1_beta0.9": "--"}
 
 Runs = dict[int, list[dict[str, Any]]]  # lines of metrics by seed
@@ -170,7 +170,8 @@ Where a share is above 1, that noise costs more than the rest of the average sav
 EXACT_TEXT = """\
 The same 128 sequences at every step, so each gradient is exact. The loss is that of these
 sequences after 120 updates. The cosine is that of successive gradients, and \\|D\\|/\\|G\\| the
-length of their difference over that of the first; both are means over updates 60 to 120.
+length of their difference over that of the first; both are means over updates 60 to 120. MVR-2 is
+Gluon here, bit for bit.
 """
 IDENTITY = "In float64, on 64 sequences, the losses of MVR-1 with γ = 1 and of Gluon without momentum"
 ROUNDING = "In float32 rounding parts them, as it parts any two runs whose weights bounce."
@@ -332,7 +333,8 @@ def draw(found: Mapping[str, Any], out: Path) -> None:
             panel.yaxis.set_minor_formatter(lambda y, _: f"{y:g}")
             panel.tick_params(axis="y", which="minor", labelsize=9)
         panels[0].set_ylabel("Loss (nats a byte)")
-        panels[0].legend(frameon=False)
+        panels[1].legend(frameon=False)
+        figure.suptitle("MVR-1 with γ = 1 trains like Gluon without momentum", fontsize=13)
         figure.savefig(out, dpi=130)
         plt.close(figure)
 

@@ -141,6 +141,12 @@ def test_without_noise_gamma_1_is_gluon_without_momentum(data, words):
     assert losses[0] != pytest.approx(losses[2], rel=1e-4)
 
 
+def test_without_noise_mvr2_is_gluon(data):
+    found = exact(config_of(data, "--optimizer=mvr2", "--momentum=0.9", "--q=0.5"), 1)
+    plain = exact(config_of(data, "--momentum=0.9"), 1)
+    assert [line["train_loss"] for line in found] == [line["train_loss"] for line in plain]
+
+
 def test_the_measured_run_is_the_trainers(data):
     """Measuring does not change the run, and the pool is text after the run's."""
     config = config_of(data)

@@ -16,7 +16,7 @@ MOMENT = {"g": 1.0, "g2": 1.0, "product": -0.5, "d": 4.0, "sigma": 8.0, "differe
 
 def made_up(results, loss):
     """Records of all four parts, whose loss is `loss(arm, lr, seed)` at every update."""
-    for part, arms in (("exact", why.EXACT), ("double", why.EXACT[2:4]), ("near", why.ARMS), ("along", (why.KEPT,))):
+    for part, arms in (("exact", why.EXACT), ("double", why.EXACT[2:]), ("near", why.ARMS), ("along", (why.KEPT,))):
         folder = results / "why" / part
         folder.mkdir(parents=True)
         for arm in arms:
