@@ -1,34 +1,27 @@
-"""What a layer-wise optimizer remembers: options and their rules, the buffers of each parameter, state dicts."""
+"""What a layer-wise optimizer remembers of each parameter: buffers and counters, who owns which, state dicts."""
 
 from collections.abc import Iterable, Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
 
 from .adamw import AdamW
 from .buckets import split
-from .norms import VIEWS, Norm, get_norm
-from .rules import NON_NEGATIVE, PAST, POSITIVE, SWITCH, Buffers, Group, Rule
+from .groups import LayerwiseGroups
+from .rules import Buffers, Group
 from .saved import SavedShare
 from .shares import Shares, local, sharded_along
 
 
-class LayerwiseState(Optimizer):
-    """Parameter groups with a norm each, and for every parameter its buffers and counters.
+class LayerwiseState(LayerwiseGroups):
+    """For every parameter its buffers and counters.
 
     The state of a parameter: its buffers (as far as this rank owns them), `steps` (gradients taken), `pending` (whether the
-    pending update moves it), and for every average the sum of its weights, for the bias correction. A group has `updates`,
-    whether an update is `pending`, and that update's step and decay, because a scheduler may change lr before it is applied.
+    pending update moves it), and for every average the sum of its weights, for the bias correction.
     """
-
-    rules: ClassVar[dict[str, Rule]] = {
-        "lr": NON_NEGATIVE, "momentum": PAST, "weight_decay": NON_NEGATIVE, "radius": POSITIVE, "bias_correction": SWITCH,
-        "view": Rule(lambda v: v is None or v in VIEWS, f"None, {' or '.join(VIEWS)}"),
-    }  # fmt: skip
 
     def __init__(
         self, params: Iterable[Any], defaults: dict[str, Any], adamw: AdamW, process_group: dist.ProcessGroup | None
@@ -42,83 +35,13 @@ class LayerwiseState(Optimizer):
         self._shares = Shares(process_group)
         self._loading: list[tuple[dict[str, Any], dict[str, Tensor]]] = []
 
-    # What differs between momentum with an LMO and AdamW ---------------------------------------------------------------
-
-    def averages(self, group: Group) -> dict[str, float]:
-        """The averages of each parameter, and the weight of the past in each."""
-        raise NotImplementedError
-
-    def buffers(self, group: Group) -> list[str]:
-        """The buffers of each parameter."""
-        return list(self.averages(group))
-
-    def _formulas(self, group: Group) -> Any:
-        """Whose `averages`, `buffers`, `correction`, `fold`, `inputs` and `pending` a group follows."""
-        return self._adamw if group["norm"] == "adamw" else self
-
-    def _norm(self, group: Group, p: Tensor) -> Norm | None:
-        """The norm of a parameter; None for AdamW."""
-        if group["norm"] == "adamw":
-            return None
-        return get_norm(group["norm"], p.shape, group["scale"], group["polar"], group.get("ns_steps"), group["view"])
-
-    # Groups ------------------------------------------------------------------------------------------------------------
-
-    @classmethod
-    def option_rules(cls) -> dict[str, Rule]:
-        """The rules of the class and of those that it inherits from."""
-        return {name: rule for c in reversed(cls.__mro__) for name, rule in vars(c).get("rules", {}).items()}
+    # Buffers -----------------------------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's. Raises ValueError for a value that an option does not allow, and for a parameter that is already here."""
-        updates = self.param_groups[0]["updates"] if self.param_groups else 0
-        if not isinstance(param_group["params"], Tensor | set):  # torch refuses a set
-            param_group["params"] = list(param_group["params"])
-        self._check_unique(param_group["params"])
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        try:
-            if group["norm"] == "adamw":
-                for name, value in self._adamw.defaults.items():
-                    group.setdefault(name, value)
-            self._check_group(group)
-        except Exception:
-            self.param_groups.pop()
-            raise
-        group |= {"updates": updates, "pending": False, "pending_step": 0.0, "pending_decay": 0.0}
-        group |= self._formulas(group).pending(group)
         self._admit(group, group["params"])
-
-    def pending(self, group: Group) -> dict[str, Any]:
-        """What else an update needs that is not applied yet."""
-        return {}
-
-    def _check_unique(self, params: Any) -> None:
-        seen = {p for _, p in self._params()}
-        for p in [params] if isinstance(params, Tensor) else params:
-            p = p[1] if isinstance(p, tuple) else p  # (name, parameter)
-            if isinstance(p, Tensor) and p in seen:
-                raise ValueError(f"params must name every parameter once, got one of shape {tuple(p.shape)} twice")
-            if isinstance(p, Tensor):
-                seen.add(p)
-
-    def _check_group(self, group: Group) -> None:
-        adamw = self._adamw.rules if group["norm"] == "adamw" else {}
-        for name, rule in (self.option_rules() | adamw).items():
-            if not rule.allows(group[name]):
-                raise ValueError(f"{name} must be {rule.allowed}, got {group[name]!r}")
-        get_norm("rms", torch.Size(()), group["scale"], group["polar"])
-        for p in group["params"]:
-            if not p.is_floating_point():
-                raise ValueError(f"params must be real floating-point tensors, got one of dtype {p.dtype}")
-            self._norm(group, p)
-
-    def _params(self) -> Iterator[tuple[Group, Tensor]]:
-        for group in self.param_groups:
-            for p in group["params"]:
-                yield group, p
-
-    # Buffers -----------------------------------------------------------------------------------------------------------
 
     def _admit(self, group: Group, params: list[Tensor]) -> None:
         """Give new parameters their owners and their state."""
