@@ -101,6 +101,7 @@ def _construct(
     first = next(iter(arguments), "params")
     arguments.pop(first, None)
     of_model: dict[str, Any] = {"model": model, **dict.fromkeys(("named_parameters", "named_params"), named)}
+    of_model |= {"params": groups} if first != "params" else {}
     given: dict[str, Any] = {} if "lr" not in arguments and not _takes_any(kind) else {"lr": config.lr}
     given |= {name: value for name, value in of_model.items() if name in arguments} | options
     for name in (name for _, own in config.param_groups or () for name in own if name not in accepted(kind)):

@@ -136,7 +136,7 @@ class _Trial:
         self._params = list(self.model.parameters())
         self._start = self._at_step = self._weights()
         generator = torch.Generator().manual_seed(1)
-        self._targets = [torch.randn(p.shape, generator=generator).to(p) for p in self._params]
+        self._targets = [torch.randn(p.shape, generator=generator).to(p.device, p.dtype) for p in self._params]
         self._step = 0
         self.moves_first, self.early = False, ""
         self.saved: Any = None  # the weights and the state in the middle, or why they can't be saved

@@ -1,7 +1,9 @@
 """Any optimizer trains, is validated at its own weights and resumes bit for bit, or is refused before the first step."""
 
 import functools
+import pickle
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,16 +12,18 @@ import torch
 from common.errors import UserError
 from model import GPT, GPTConfig
 from tests.helpers.train_runs import data, trainer  # noqa: F401
+from tests.training.test_bad_input import Malice, resealed
 from tests.training.test_not_finite import poison
 from training.checkpoint import list_checkpoints
 from training.config import load_config
 from training.optimizers import build_optimizer, schedule
+from training.packing import to_bytes
 
 MODULE = "tests.helpers.any_optimizers"
 EXACT = {
     "Plain": 1, "NoClosure": 1, "IgnoresClosure": 1, "Sam": 2, "TwoGradients": 2, "Averaged": 1, "Exotic": 1, "LowBit": 1,
     "HasObjects": 1, "ChangesGroup": 1, "Hooked": 1, "Draws": 1, "StartsInfinite": 1, "MovesFirst": 1, "OneGroup": 1,
-    "NoLr": 1,
+    "NoLr": 1, "examples.sam:SAM": 2,
 }  # class: passes a step  # fmt: skip
 
 
@@ -27,7 +31,7 @@ def words(name: str, **options: object) -> str:
     """The options of a run of 6 steps, with a checkpoint in the middle."""
     all_options = {"lr": 0.05, "steps": 6, "val_every": 2, "checkpoint_every": 3, "keep_checkpoints": 9} | options
     given = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in all_options.items())
-    return f"--optimizer {MODULE}:{name} {given}"
+    return f"--optimizer {name if ':' in name else f'{MODULE}:{name}'} {given}"
 
 
 @pytest.mark.slow
@@ -35,8 +39,8 @@ def words(name: str, **options: object) -> str:
 @pytest.mark.parametrize("name", EXACT)
 def test_it_trains_and_resumes_bit_for_bit(trainer, name, dtype):  # noqa: F811
     options = words(name, dtype=dtype)
-    whole = trainer.run(f"{name}-{dtype}", options).ok()
-    resumed = trainer.run(f"{name}-{dtype}-on", f"{options} --resume {whole.folder}/checkpoints/step_0000003").ok()
+    whole = trainer.run(f"{name.rpartition(':')[2]}-{dtype}", options).ok()
+    resumed = trainer.run(f"{whole.folder.name}-on", f"{options} --resume {whole.folder}/checkpoints/step_0000003").ok()
     resumed.same_as(whole)
     losses = [line["val_loss"] for line in whole.metrics if "val_loss" in line]
     assert losses[-1] < losses[0]
@@ -130,6 +134,17 @@ def test_a_skipped_step_leaves_the_weights(trainer, name):  # noqa: F811
     skipping = trainer.run(f"{name}-skips", words(name, on_nan="skip", steps=5), patch=patch).ok()
     four = trainer.run(f"{name}-four", words(name, steps=4)).ok()
     assert all((value == four.weights[key]).all() for key, value in skipping.weights.items())
+
+
+def test_a_checkpoint_executes_nothing(trainer, tmp_path):  # noqa: F811
+    whole = trainer.run("harmless", words("Exotic")).ok()
+    checkpoint = whole.folder / "checkpoints" / "step_0000003"
+    resealed("optimizer-00000.pt", pickle.dumps(Malice()))(checkpoint)
+    done = trainer.run("harmful", words("Exotic") + f" --resume {checkpoint}")
+    assert "belongs to another optimizer" in done.refusal() and not Path("executed").exists()
+    resealed("optimizer-00000.pt", to_bytes({"optimizer": Malice()}))(checkpoint)
+    done = trainer.run("harmful-too", words("Exotic") + f" --resume {checkpoint}")
+    assert "belongs to another optimizer" in done.refusal() and not Path("executed").exists()
 
 
 # ---- groups and options
