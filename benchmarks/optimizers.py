@@ -21,7 +21,7 @@ from optim import Gluon, GluonMVR1, GluonMVR2, GluonMVR3
 from optim.polar import has_bfloat16_units, work_dtype
 
 # (layers, width)
-SETS = {"tiny": (1, 32), "quickstart": (4, 128), "gpt-6x384": (6, 384), "gpt-124m": (12, 768)}
+SETS = {"tiny": (1, 32), "mini": (4, 64), "quickstart": (4, 128), "gpt-6x384": (6, 384), "gpt-124m": (12, 768)}
 PRODUCTS = "the products alone"
 CONTESTANTS = {"Gluon": Gluon, "MVR-1": GluonMVR1, "MVR-2": GluonMVR2, "MVR-3": GluonMVR3, "torch.optim.Muon": torch.optim.Muon}
 

@@ -65,13 +65,6 @@ def test_the_pool_of_the_studies_starts_its_processes_in_such_a_way():
         assert [pool.submit(os.getenv, POISON).result() for _ in range(4)] == [None] * 4
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("module", ["experiments.run_jobs", "scripts.compare", "scripts.sample", "data.tokenize_text"])
-def test_a_program_that_starts_processes_asks_nothing_on_import(module):
-    run = subprocess.run([sys.executable, "-c", ASK, module], cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-
-
 ASK = """
 import importlib, sys, torch
 asked = []
@@ -84,8 +77,9 @@ sys.exit(", ".join(asked) + " was asked on import" if asked else 0)
 
 
 @pytest.mark.slow
-def test_what_the_fork_server_imports_asks_nothing():
-    run = subprocess.run([sys.executable, "-c", ASK, *forked.PRELOAD], cwd=ROOT, capture_output=True, text=True)
+def test_what_the_fork_servers_import_asks_nothing():
+    modules = [*forked.PRELOAD, "torch._dynamo", "experiments.run_jobs", "experiments.why"]
+    run = subprocess.run([sys.executable, "-c", ASK, *modules], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
 
 
