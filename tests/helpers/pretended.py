@@ -140,6 +140,8 @@ def pretended(kind: str) -> Iterator[Pretended]:
         patch.setattr(torch.cuda, "is_available", lambda: kind == "cuda")
         patch.setattr(torch.cuda, "device_count", lambda: int(kind == "cuda"))
         patch.setattr(torch.backends.mps, "is_available", lambda: kind == "mps")
+        # Otherwise torch's optimizers ask the driver for a stream.
+        patch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: None)
         patch.setattr(torch.accelerator, "synchronize", lambda *_: device.wait("synchronize"))
         patch.setattr(Tensor, "pin_memory", lambda self, *_: self)
         patch.setattr(Tensor, "is_pinned", lambda self, *_: kind == "cuda")
@@ -150,6 +152,7 @@ def pretended(kind: str) -> Iterator[Pretended]:
             for name, value in made.items():
                 patch.setattr(torch.cuda, name, lambda *_, value=value: value)
             patch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+            patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
             patch.setattr(torch.cuda, "Event", lambda: Event(device))
             patch.setattr(torch.cuda.nccl, "version", lambda: (2, 0, 0))
         # `module.to` then exchanges whole tensors, and not only what they hold, which would leave them of their old class.
