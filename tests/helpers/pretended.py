@@ -70,6 +70,8 @@ class Pretended(TorchFunctionMode):
             arguments = ("cpu", *arguments)
         elif function is Tensor.cuda:
             arguments = (arguments[0] if arguments else "cuda",)
+        elif arguments and isinstance(arguments[0], Tensor):  # `to(other)`
+            arguments = (arguments[0].device, arguments[0].dtype, *arguments[1:])
         device, dtype, non_blocking, _ = torch._C._nn._parse_to(*arguments, **options)
         there = isinstance(tensor, OnDevice)
         if device is None or (device.type == self.device.type) == there:
