@@ -1,6 +1,6 @@
 """Why does γ = 1 train badly? Training without noise, training near the noise scale, and the noise along a run.
 
-    python -m experiments.why --jobs 2       run what is missing, and write the page; about 1.5 hours of one core a seed
+    python -m experiments.why --jobs 2       run what is missing, and write the page; about an hour of one core a seed
     python -m experiments.why --plot-only    the page and the picture again, from the packed records
 
 The model is that of configs/mini_gluon.py, with a constant lr. A seed sets the initial weights and the order of the text.
