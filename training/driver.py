@@ -57,8 +57,14 @@ class Driver:
         self._built = self._packer.pack([_options(group) for group in optimizer.param_groups], "param_groups")
         self.has_modes = all(callable(getattr(optimizer, mode, None)) for mode in ("train", "eval"))
         self.trains = True  # and not: is validated
+        self._began = False
         if self.has_modes:
             self.optimizer.train()  # type: ignore[attr-defined]
+
+    @property
+    def has_other_weights(self) -> bool:
+        """Whether the weights to validate may differ from those to train. (Before the first step some have no `eval()`.)"""
+        return self.has_modes and self._began
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.optimizer, name)
@@ -76,6 +82,7 @@ class Driver:
                 losses.append(self.ranks.mean(closure()))  # the same on all ranks, so that they decide the same
             return losses[-1].clone()
 
+        self._began = True
         for p in self._params:
             p.grad = None
         before = [p.detach().clone() for p in self._params] if self._keep_weights else []
@@ -121,13 +128,14 @@ class Driver:
             if lr_was_scheduled:
                 kept |= {"lr"} & now.keys()
             group.update({key: built[i][key] for key in kept})
+        self._began = True
         set_random_state(unpack(saved["random"], None), self.ranks.device)
 
 
 @contextmanager
 def validating(optimizer: Any) -> Iterator[None]:
     """Within, the model holds the weights to validate and to publish, for a class that has others while it trains."""
-    if not (isinstance(optimizer, Driver) and optimizer.has_modes and optimizer.trains):
+    if not (isinstance(optimizer, Driver) and optimizer.has_other_weights and optimizer.trains):
         yield
         return
     optimizer.trains = False

@@ -125,7 +125,8 @@ def _construct(
         except Exception as error:  # whatever a class of others raises
             failure = failure or error
     assert failure is not None
-    raise refusal(config, _line(failure) if isinstance(failure, TypeError | ValueError) else why_not(failure))
+    plain_words = isinstance(failure, TypeError | ValueError) and "use_muon" not in str(failure)
+    raise refusal(config, _line(failure) if plain_words else why_not(failure))
 
 
 def refusal(config: Config, why: str, everywhere: bool = False) -> UserError:
@@ -143,8 +144,11 @@ def in_words(error: BaseException) -> str:
 def why_not(error: Exception) -> str:
     """Why a class that is not ours can't be used here."""
     text = in_words(error)
-    if isinstance(error, KeyError) and error.args and isinstance(error.args[0], str):
-        return f"""it needs {error.args[0]} in each group; give it with --param-groups '[["*", {{"{error.args[0]}": ...}}]]'"""
+    frames = traceback.extract_tb(error.__traceback__)
+    lacks = isinstance(error, KeyError) and error.args and "group" in (frames[-1].line or "") and error.args[0]
+    if lacks or "use_muon" in text:
+        name = lacks or "use_muon"
+        return f"""it needs {name} in each group; give it with --param-groups '[["*", {{"{name}": ...}}]]'"""
     if any(sign in text for sign in ("create_graph", "does not require grad", "grad_fn")):
         return "it needs second derivatives (create_graph=True), and the trainer computes gradients alone"
     if "process group" in text.lower():

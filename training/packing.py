@@ -65,6 +65,8 @@ class Packer:
             items = [self._pack(item, f"{place}.{i}") for i, item in enumerate(value)]
             length = value.maxlen if isinstance(value, deque) else None
             return items if type(value) is list else (_TAG, type(value).__name__, items, length)
+        if isinstance(value, Enum) and type(value).__module__.partition(".")[0] == self._package:
+            return (_TAG, "member", type(value).__module__, type(value).__qualname__, value.name)
         if callable(value) or isinstance(value, Enum):
             return (_TAG, "as built", place)
         if type(value).__module__.partition(".")[0] == self._package and hasattr(value, "__dict__"):
@@ -101,7 +103,11 @@ class Packer:
         if kind == "dict":
             return {self._unpack(k, None, made): self._unpack(v, None, made) for k, v in rest[0]}
         if kind == "object":
-            return self._object(rest[0], rest[1], rest[2], made)
+            made_here = object.__new__(self._class(rest[0], rest[1], object))
+            vars(made_here).update(self._unpack(rest[2], None, made))
+            return made_here
+        if kind == "member":
+            return self._class(rest[0], rest[1], Enum).__members__[rest[2]]
         if kind == "as built":
             if built is None:
                 raise TypeError(f"{rest[0]} can't be saved, and the new optimizer has none")
@@ -109,16 +115,14 @@ class Packer:
         items = [self._unpack(item, _inside(built, i), made) for i, item in enumerate(rest[0])]
         return deque(items, rest[1]) if kind == "deque" else set(items) if kind == "set" else tuple(items)
 
-    def _object(self, module: str, name: str, attributes: Any, made: dict[int, Any]) -> Any:
-        """An object of the optimizer's own package, made without calling anything of its class."""
+    def _class(self, module: str, name: str, base: type) -> Any:
+        """A class of the optimizer's own package, which this process has imported. Nothing of it is called."""
         found: Any = sys.modules.get(module) if module.partition(".")[0] == self._package else None
         for part in name.split("."):
             found = vars(found).get(part) if found is not None else None
-        if not isinstance(found, type):
+        if not (isinstance(found, type) and issubclass(found, base)):
             raise TypeError(f"there is no class {module}.{name}")
-        value: Any = object.__new__(found)
-        vars(value).update(self._unpack(attributes, None, made))
-        return value
+        return found
 
 
 def to_bytes(packed: Any) -> bytes:

@@ -21,12 +21,12 @@ from common.errors import UserError, say
 from model import GPT, GPTConfig
 from optim.base import LayerwiseOptimizer
 from training.config import Config
-from training.driver import Driver, Manner, NoPass, random_state, set_random_state
+from training.driver import Driver, Manner, NoPass, random_state, set_random_state, validating
 from training.optimizers import build_optimizer, in_words, optimizer_class, refusal, takes_closure, why_not
 from training.packing import from_bytes, leaves, to_bytes
 from training.ranks import Ranks
 
-_STEPS, _SAVED_AT, _EARLY = 7, 3, 2  # a trial's steps, its checkpoint, and when it shows in which manner it steps
+_STEPS, _MANY, _SAVED_AT, _EARLY = 7, 40, 3, 2  # a trial's steps, its checkpoint, and when it shows in which manner it steps
 _PLAIN = Manner(gradient_first=True, closure=False)
 
 
@@ -81,8 +81,10 @@ def _find_out(config: Config, sizes: GPTConfig, device: torch.device, dtype: tor
         return _Trial(config, sizes, device, dtype, manner).run(steps)
 
     tried = _with_closure(trial) if takes_closure(optimizer_class(config.optimizer)) else trial(_PLAIN)
+    if tried.unmoved():  # some gather gradients before they move
+        tried = trial(tried.driver.manner, _MANY)
     if nothing := tried.unmoved():
-        raise refusal(config, f"{_STEPS} steps on a small model changed no weight of {nothing}")
+        raise refusal(config, f"{_MANY} steps on a small model changed no weight of {nothing}")
     manner = replace(tried.driver.manner, moves_first=tried.moves_first, infinite=tried.infinite())
     return replace(manner, unsaved=_unsaved(trial, tried)), tried.digest(), tried.state_digest()
 
@@ -118,7 +120,7 @@ def _unsaved(trial: Callable[..., "_Trial"], whole: "_Trial") -> str:
         resumed = whole.resumed()
     except Exception as error:
         return f"it can't load its own state ({in_words(error)})"
-    if resumed.digest() == whole.digest() or trial(whole.driver.manner).digest() != whole.digest():
+    if resumed.digest() == whole.digest() or trial(whole.driver.manner, whole.steps).digest() != whole.digest():
         return ""  # (what never does the same twice can't do so after a resume)
     return "part of its state is not in its state_dict()"
 
@@ -137,19 +139,21 @@ class _Trial:
         self._start = self._at_step = self._weights()
         generator = torch.Generator().manual_seed(1)
         self._targets = [torch.randn(p.shape, generator=generator).to(p.device, p.dtype) for p in self._params]
-        self._step = 0
+        self.steps = 0
         self.moves_first, self.early = False, ""
         self.saved: Any = None  # the weights and the state in the middle, or why they can't be saved
 
     def run(self, steps: int) -> "_Trial":
         """Take steps up to this one."""
-        while self._step < steps:
+        while self.steps < steps:
             self._at_step = self._weights()
             self.driver.step(self._closure)
-            self._step += 1
-            if self._step == _EARLY:
+            self.steps += 1
+            if self.steps == _EARLY:
+                with validating(self.driver):
+                    pass
                 self.early = self.digest()
-            if self._step == _SAVED_AT:
+            if self.steps == _SAVED_AT:
                 self._save()
         return self
 
@@ -159,8 +163,8 @@ class _Trial:
         state, weights = from_bytes(self.saved)
         other.model.load_state_dict(weights)
         other.driver.load(state, lr_was_scheduled=False)
-        other._step = _SAVED_AT
-        return other.run(_STEPS)
+        other.steps = _SAVED_AT
+        return other.run(self.steps)
 
     def unmoved(self) -> str:
         """A parameter of a group that has an lr above 0 and did not move; empty if every group did."""
@@ -196,7 +200,7 @@ class _Trial:
     def _closure(self) -> Tensor:
         self.moves_first |= not all(map(torch.equal, self._params, self._at_step))
         total = torch.zeros((), device=self._params[0].device)
-        scale = 1 + 0.5 * math.sin(self._step)
+        scale = 1 + 0.5 * math.sin(self.steps)
         for p, target in zip(self._params, self._targets, strict=True):
             p.grad = None
             loss = (p - scale * target).square().sum() / math.sqrt(p.numel())

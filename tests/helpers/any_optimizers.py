@@ -2,6 +2,7 @@
 
 import random
 from collections import deque
+from enum import Enum
 from typing import Any
 
 import torch
@@ -87,6 +88,7 @@ class Averaged(Plain):
 
     @torch.no_grad()
     def _swap(self, training: bool) -> None:
+        assert self.state or training, "no eval() before the first step"
         for group in self.param_groups:
             if group["training"] != training:
                 for p in group["params"]:
@@ -141,9 +143,14 @@ class LowBit(Plain):
         p.sub_(state["codes"].as_subclass(Tensor), alpha=group["lr"])
 
 
+class Kind(Enum):
+    MEAN = 1
+
+
 class Memory:
     def __init__(self) -> None:
         self.mean: Tensor | None = None
+        self.kind = Kind.MEAN
 
 
 class HasObjects(Plain):
@@ -151,6 +158,7 @@ class HasObjects(Plain):
 
     def move(self, group, p, state):
         memory = state.setdefault("memory", Memory())
+        assert memory.kind is Kind.MEAN
         memory.mean = p.grad.clone() if memory.mean is None else memory.mean.lerp(p.grad, 0.5)
         p.sub_(memory.mean, alpha=group["lr"])
 
@@ -300,3 +308,12 @@ class RanksDiffer(Plain):
         super().move(group, p, state)
         if dist.is_initialized():
             p.add_(dist.get_rank() * 1e-3)
+
+
+class Patient(Plain):
+    """Moves from the eleventh step on."""
+
+    def move(self, group, p, state):
+        state["steps"] = state.get("steps", 0) + 1
+        if state["steps"] > 10:
+            super().move(group, p, state)

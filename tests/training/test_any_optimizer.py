@@ -85,6 +85,11 @@ def test_the_gradient_of_sam_is_that_of_a_plain_loop(trainer):  # noqa: F811
     assert any((sam.weights[key] != value).any() for key, value in plain.weights.items())
 
 
+@pytest.mark.slow
+def test_a_class_that_gathers_gradients_first_is_given_time(trainer):  # noqa: F811
+    assert trainer.run("patient", words("Patient", steps=3)).ok().weights
+
+
 REFUSED = {
     "SecondDerivatives": "it needs second derivatives (create_graph=True)",
     "Frozen": "changed no weight",
