@@ -55,7 +55,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "pytorch_optimizer:BSAM": {"optimizer_options": {"num_data": 1000}},
 }
 # Compiling these takes minutes on a CPU. They are tried as they are without torch.compile.
-_UNCOMPILED = ("heavyball:PSGDKron", "heavyball:SOAP", "kron_torch:Kron")
+_UNCOMPILED = ("heavyball:PSGDKron", "heavyball:SOAP", "kron_torch:Kron", "pytorch_optimizer:Kron")
 _TINY: dict[str, Any] = {
     "text": "sotu", "vocab_size": 257, "n_layer": 2, "n_head": 2, "d_model": 32, "seq_len": 32, "batch_size": 8,
     "micro_batch_size": 4, "device": "cpu", "dtype": "float32", "lr": 1e-3, "steps": 6, "val_every": 3, "val_tokens": 1024,
