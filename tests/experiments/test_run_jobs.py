@@ -117,12 +117,13 @@ def test_a_run_that_diverges_is_done_and_one_that_fails_stops_the_study(config, 
 
 
 STUDY = """
-import sys
+import signal, sys
 from common.errors import one_line_errors
 from experiments.run_jobs import CONTINUES, run_all
 from pathlib import Path
 from tests.experiments.test_run_jobs import jobs_of
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job begins without it
     with one_line_errors("study", interrupted=CONTINUES):
         run_all(jobs_of(Path(sys.argv[1]), a={"steps": 30_000}, b={"steps": 30_000}, c={"steps": 30_000}), 2)
 """
