@@ -8,19 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from optim import Gluon, GluonMVR1, GluonMVR2, GluonMVR3, MuonMVR, PreviousBatchMVR, SingleBatchMVR
+from optim import BY_NAME, MuonMVR
 
 # Three different numbers, none the complement of another, so that mixing them up changes the weights.
 BETA, GAMMA, Q = 0.8, 0.3, 0.4
 
-CLASSES = {
-    "gluon": Gluon,
-    "mvr1": GluonMVR1,
-    "mvr2": GluonMVR2,
-    "mvr3": GluonMVR3,
-    "single_batch": SingleBatchMVR,
-    "previous_batch": PreviousBatchMVR,
-}
+CLASSES = {name: kind for name, kind in BY_NAME.items() if name != "muon_mvr"}
 OPTIONS: dict[str, dict[str, float]] = {
     "gluon": {},
     "mvr1": {"gamma": GAMMA},
