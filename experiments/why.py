@@ -177,7 +177,11 @@ IDENTITY = "In float64, on 64 sequences, the losses of MVR-1 with γ = 1 and of 
 ROUNDING = "In float32 rounding parts them, as it parts any two runs whose weights bounce."
 
 NEAR_TEXT = """\
-64 sequences a step. The loss is that of the validation text after 300 updates.
+64 sequences a step. The loss is that of the validation text after 300 updates. Transported Scion
+(`experiments.contestants`, [arXiv 2605.18528](https://arxiv.org/abs/2605.18528)) takes the lag
+away too, with one gradient at X_k + β/(1-β) (X_k - X_{k-1}). For a quadratic without noise it is
+Gluon without momentum as well, but here it keeps most of what the average gives. Its point lies
+nine steps ahead, which may be too far for the loss to look quadratic.
 """
 
 ALONG_TEXT = """\
