@@ -17,8 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, torch.layout)
+_HOST = torch.device("cpu")
 _TAG = "\0"  # the first word of a tuple that stands for something else
 
 
@@ -48,7 +50,7 @@ class Packer:
         if isinstance(value, Tensor):
             if id(value) not in self._copies:
                 # (The value is kept too, so that no other gets its id.)
-                self._copies[id(value)] = value, (_TAG, "tensor", _on_host(value), value.device.type != "cpu")
+                self._copies[id(value)] = value, (_TAG, "tensor", _copy(value, _HOST), value.device.type != "cpu")
             return self._copies[id(value)][1]
         if type(value) in _PLAIN:
             return value
@@ -90,8 +92,7 @@ class Packer:
         kind, *rest = value[1:]
         if kind == "tensor":
             if id(value) not in made:
-                copy = _copy(rest[0])
-                made[id(value)] = copy.to(self._device) if rest[1] else copy
+                made[id(value)] = _copy(rest[0], self._device if rest[1] else _HOST)
             return made[id(value)]
         if kind == "parameter":
             return self._parameters[rest[0]]
@@ -164,12 +165,15 @@ def equal(a: Any, b: Any) -> bool:
     return type(a) is type(b) and (a == b or a != a)
 
 
-def _on_host(value: Tensor) -> Tensor:
-    return value.detach().to("cpu") if value.device.type != "cpu" else _copy(value.detach())
-
-
-def _copy(value: Tensor) -> Tensor:
-    """A copy, without the rest of the storage that a view belongs to."""
+def _copy(value: Tensor, device: torch.device) -> Tensor:
+    """A copy on the device, without the rest of the storage that a view belongs to."""
+    if is_traceable_wrapper_subclass(value):  # made of plain tensors; many lack `clone`, and torchao's `detach` loses the dtype
+        names, rest = value.__tensor_flatten__()
+        parts = {name: _copy(getattr(value, name), device) for name in names}
+        return type(value).__tensor_unflatten__(parts, rest, value.size(), value.stride())
+    value = value.detach()
+    if value.device.type != device.type:
+        return value.to(device)
     if type(value) is not Tensor:
         with suppress(NotImplementedError, TypeError, RuntimeError):  # not every subclass has both ways
             return deepcopy(value)

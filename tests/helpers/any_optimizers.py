@@ -132,7 +132,29 @@ class Exotic(Plain):
 
 
 class Codes(Tensor):
-    """A subclass of Tensor, as low-bit optimizers keep their state in."""
+    """A subclass of Tensor with data of its own."""
+
+
+class Scaled(Tensor):
+    """Made of two plain tensors, as low-bit optimizers keep their state. It can't be cloned or detached."""
+
+    @staticmethod
+    def __new__(cls, codes: Tensor, scale: Tensor):
+        return Tensor._make_wrapper_subclass(cls, codes.shape, dtype=scale.dtype)
+
+    def __init__(self, codes: Tensor, scale: Tensor) -> None:
+        self.codes, self.scale = codes, scale
+
+    def __tensor_flatten__(self):
+        return ["codes", "scale"], None
+
+    @classmethod
+    def __tensor_unflatten__(cls, parts, rest, size, stride):
+        return cls(**parts)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        raise NotImplementedError(func)
 
 
 class LowBit(Plain):
@@ -140,7 +162,10 @@ class LowBit(Plain):
         codes = state.setdefault("codes", torch.zeros_like(p).as_subclass(Codes))
         state["codes"] = (codes * 0.9 + p.grad).as_subclass(Codes)
         assert type(state["codes"]) is Codes
-        p.sub_(state["codes"].as_subclass(Tensor), alpha=group["lr"])
+        momentum = 0.9 * state["scaled"].codes * state["scaled"].scale + p.grad if "scaled" in state else p.grad
+        scale = momentum.abs().max() / 127
+        state["scaled"] = Scaled((momentum / scale).to(torch.int8), scale)
+        p.sub_(state["codes"].as_subclass(Tensor) + momentum, alpha=group["lr"])
 
 
 class Kind(Enum):
