@@ -5,11 +5,12 @@ import math
 import statistics
 import textwrap
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from common.errors import Parser, as_written, positive
+from common.errors import Parser, UserError, as_written, positive
 from common.files import write_text
 from common.jsons import jsonable
 from common.pictures import COLOURS, INK, LOOK, STYLES, pyplot
@@ -49,7 +50,9 @@ class Arm:
     def setting(self) -> str:
         """The options that distinguish an arm, in symbols."""
         symbols = {"lr": "lr", "momentum": "β", "q": "q", "gamma": "γ", "beta1": "β₁", "batch_size": "B"}
-        return ", ".join(f"{symbol} {self.options[name]:g}" for name, symbol in symbols.items() if name in self.options)
+        symbols |= {"embed_radius": "radius", "weight_decay": "decay"}
+        shown = {name: value for name, value in self.options.items() if (name, value) != ("weight_decay", 0)}
+        return ", ".join(f"{symbol} {shown[name]:g}" for name, symbol in symbols.items() if name in shown)
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,7 @@ def curve_of(run: Run, steps: int, share: float = 1.0, speed: tuple[float, float
     gradient of the baseline, and of an update of this run without its gradients.
     """
     points = [point for point in run.curve() if point["update"] <= steps]
-    if is_deferred(optimizer_class(run.config["optimizer"])):
+    if _deferred(run.config["optimizer"]):
         points = [
             point if _at_the_end(point, run.config) else point | {"passes": to_reach(point["update"], point["passes"])}
             for point in points
@@ -120,6 +123,13 @@ def curve_of(run: Run, steps: int, share: float = 1.0, speed: tuple[float, float
         seconds = [point["seconds"] for point in points]
     losses = [point["val_loss"] if math.isfinite(point["val_loss"]) else math.inf for point in points]
     return Curve(tuple(updates), tuple(passes), tuple(seconds), tuple(losses))
+
+
+def _deferred(name: str) -> bool:
+    """Whether an optimizer defers its updates. One whose package is not installed is none of ours, and does not."""
+    with suppress(UserError):
+        return is_deferred(optimizer_class(name))
+    return False
 
 
 def _at_the_end(point: Mapping[str, Any], config: Mapping[str, Any]) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import AdamW, Muon, Optimizer
 
 from optim import Gluon
 
@@ -63,3 +64,35 @@ class WarmNesterov(Gluon):
     def _beta(group: dict[str, Any]) -> float:
         first = min(0.85, group["momentum"])
         return first + (group["momentum"] - first) * min(1.0, group["updates"] / 300)
+
+
+class MuonAdamW(Optimizer):
+    """torch.optim.Muon for every group but the last, and AdamW for that one, the embedding, as torch's page advises.
+
+    One lr serves both: Muon's steps are scaled to the RMS of AdamW's (`adjust_lr_fn="match_rms_adamw"`).
+    """
+
+    def __init__(
+        self,
+        params: list[dict[str, Any]],
+        lr: float = 2e-3,
+        momentum: float = 0.95,
+        betas: tuple[float, float] = (0.9, 0.95),
+        weight_decay: float = 0.0,
+    ) -> None:
+        muon = Muon(params[:-1], lr, weight_decay, momentum, adjust_lr_fn="match_rms_adamw")
+        adamw = AdamW(params[-1:], lr, betas, weight_decay=weight_decay)
+        self.parts = (muon, adamw)
+        super().__init__([*muon.param_groups, *adamw.param_groups], {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """One step of both, on this optimizer's own groups and state. Returns the closure's loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for part, groups in zip(self.parts, (self.param_groups[:-1], self.param_groups[-1:]), strict=True):
+            part.state, part.param_groups = self.state, groups
+            part.step()
+        return loss

@@ -10,6 +10,7 @@ import multiprocessing
 import multiprocessing.connection
 import multiprocessing.forkserver
 import os
+import re
 import shlex
 import signal
 import threading
@@ -147,6 +148,9 @@ def pack(jobs: Iterable[Job]) -> None:
         run, finished = job.read(), files.setdefault(job.packed, {})
         if run is not None and not run.packed and job.finished(run):
             kept = {name: run.environment[name] for name in _ENVIRONMENT if name in run.environment}
+            name = run.config.get("optimizer", "")
+            packages = [p for p in run.environment.get("packages", ()) if p.partition("-")[0] == re.split("[.:]", name)[0]]
+            kept |= {"package": packages[0].replace("-", " ")} if ":" in name and packages else {}
             finished[job.folder.name] = replace(run, name=job.folder.name, environment=kept)
     for path, finished in files.items():
         if finished:

@@ -2,6 +2,7 @@
 
     python -m experiments.sweep --jobs 2                 tune; continues where it was stopped
     python -m experiments.sweep --evaluate --jobs 2      run the best settings, and write table, picture and leaderboard
+    python -m experiments.sweep --evaluate --decay --jobs 2    the same settings with a linear decay over the last 30%
     python -m experiments.sweep --methods gluon mvr2     some of the methods
     python -m experiments.sweep --methods torch.optim:Muon --lr 5e-3     any torch.optim.Optimizer (docs/compare.md)
     python -m experiments.sweep --plan                   print what would run next
@@ -11,11 +12,14 @@ trials on one seed that no evaluation uses: the recipe (lr 2.5e-4, β 0.9, q 0.5
 and 15 from a Latin hypercube, with the same draws for all methods. The lr is log-uniform over a factor of 16, 1-β log-uniform
 from 0.05 to 0.95, q uniform from 0.2 to 0.95, γ log-uniform from 0.02 to 0.5; a method uses the knobs that it has. Trials are
 halved: all run for a quarter of the tuning length, the best 8 continue to half of it, and the best 4 to its end. The score is
-the validation loss there. The tuning length is a third of the evaluation's. The budget is equal in updates: two-gradient
-methods spend twice the gradients.
+the validation loss there. Where the best value of a knob is the smallest or the largest that was tried, the range grows: more
+trials follow, each further out, as long as they improve. The tuning length is a third of the evaluation's. The budget is equal
+in updates: two-gradient methods spend twice the gradients.
 
 Two rows are controls. `double_average` is MVR-2 without its correction. `gluon_2b` is Gluon with twice the batch, another way
-to spend a second gradient.
+to spend a second gradient. The rows `..._radii` keep a method's best setting and tune two knobs more, with 16 trials of their
+own: the embedding's radius (log-uniform over a factor of 16; only its ratio to the blocks' matters) and the weight decay
+(log-uniform from 0.1 to 10, or none).
 """
 
 import argparse
@@ -37,24 +41,32 @@ from experiments.comparison import CONFIG, Arm, Comparison, read_speed, study_pa
 from experiments.figures import LR, Folders
 from experiments.run_jobs import CONTINUES, ROOT, Job, plan_of, run_all
 from reading.runs import read_packed
-from training.config import load_config
+from training.config import Config, load_config
 from training.optimizers import accepted, optimizer_class
 
 TRIALS, SURVIVORS = 16, (16, 8, 4)  # survivors: trials of each rung
 TUNING_SEED = 1000
 TUNE_STEPS, EVALUATE_STEPS = 200, 600
 BATCH = 8
+RADIUS = Config.embed_radius
+DECAY = 0.3  # the last part of a run, in which --decay lets the lr fall to 0
 
 
 @dataclass(frozen=True)
 class Method:
-    """A method's fixed options, its knobs, its recipe, and the low end of its lr range."""
+    """A method's fixed options, its knobs, its recipe, the low end of its lr range, and the method that it goes on from."""
 
     title: str
     options: dict[str, Any]
     knobs: tuple[str, ...] = ("lr", "momentum")
     recipe: dict[str, float] = field(default_factory=lambda: {"lr": LR})
     lr_from: float = 1.25e-4
+    base: str = ""
+
+
+def _radii(base: str, title: str) -> Method:
+    """A tuned method with two knobs more."""
+    return Method(f"{title}, radii and decay tuned", {}, ("embed_radius", "weight_decay"), base=base)
 
 
 METHODS = {
@@ -68,12 +80,22 @@ METHODS = {
     "muon": Method(
         "torch.optim.Muon", {"optimizer": "torch.optim:Muon", "weight_decay": 0.0}, recipe={"lr": 5e-3}, lr_from=1.25e-3
     ),
+    "muon_adamw": Method(
+        "torch.optim.Muon, AdamW on the embedding",
+        {"optimizer": "experiments.contestants:MuonAdamW"},
+        recipe={"lr": 2e-3},
+        lr_from=5e-4,
+    ),
     "adamw": Method("AdamW", {"optimizer": "adamw"}, ("lr", "beta1"), {"lr": 2e-3}, 5e-4),
     "double_average": Method(
         "MVR-2 without its correction", {"optimizer": "experiments.controls:DoubleAverage"}, ("lr", "momentum", "q")
     ),
     "gluon_2b": Method("Gluon, twice the batch", {"optimizer": "gluon", "batch_size": 2 * BATCH}),
+    "gluon_radii": _radii("gluon", "Gluon"),
+    "mvr1_gamma_radii": _radii("mvr1_gamma", "MVR-1 with γ < 1"),
+    "mvr2_radii": _radii("mvr2", "MVR-2"),
 }
+OWN_KNOBS = ("lr", "momentum", "q", "gamma", "beta1")  # of package.module:Class
 
 
 def own_method(name: str, lr: float | None = None, options: str = "{}") -> Method:
@@ -94,8 +116,13 @@ def own_method(name: str, lr: float | None = None, options: str = "{}") -> Metho
     knobs = [knob for knob in ("momentum", "q", "gamma") if knob in takes]
     if "betas" in takes and "momentum" not in accepted(kind):
         knobs.append("beta1")
-    title = ", ".join([name.partition(":")[2], *(f"{option} {value}" for option, value in fixed.items())])
-    return Method(title, {"optimizer": name, "optimizer_options": fixed}, ("lr", *knobs), {"lr": lr}, lr / 4)
+    return _described(name, fixed, ("lr", *knobs), lr)
+
+
+def _described(name: str, fixed: Mapping[str, Any], knobs: tuple[str, ...], lr: float, package: str = "") -> Method:
+    title = name.partition(":")[2] + (package and f" ({package})")
+    title = ", ".join([title, *(f"{option} {value}" for option, value in fixed.items())])
+    return Method(title, {"optimizer": name, "optimizer_options": fixed}, knobs, {"lr": lr}, lr / 4)
 
 
 def key_of(name: str) -> str:
@@ -104,14 +131,40 @@ def key_of(name: str) -> str:
 
 
 def methods_of(folders: Folders) -> dict[str, Method]:
-    """METHODS and the classes that were tuned before, rebuilt from the record of their first trial; by folder."""
+    """METHODS, and the classes that were tuned before, rebuilt from the record of their first trial; by folder.
+
+    The packages of those classes need not be installed.
+    """
     found = dict(METHODS)
     for path in sorted((folders.results / "sweep").glob("*.jsonl")):
         recipe = read_packed(path).get("trial00") if path.stem not in METHODS else None
         with as_written(path, "restore it, or remove it to tune again"):
             if recipe and ":" in (name := recipe.config["optimizer"]):
-                found[path.stem] = own_method(name, recipe.config["lr"], json.dumps(recipe.config["optimizer_options"]))
+                knobs = tuple(knob for knob in OWN_KNOBS if recipe.config.get(knob) is not None)
+                package = recipe.environment.get("package", "")
+                fixed = recipe.config.get("optimizer_options")
+                found[path.stem] = _described(name, fixed or {}, knobs, recipe.config["lr"], package)
     return found
+
+
+def _base_of(folders: Folders, method: Method) -> dict[str, Any]:
+    """The options and the best setting of the method that another goes on from. Raises UserError if it is not tuned yet."""
+    if not method.base:
+        return {}
+    best = best_of(folders)
+    if method.base not in best:
+        raise UserError(f"{method.title}: {method.base} must be tuned first; add it to --methods")
+    return {**METHODS[method.base].options, **best[method.base]}
+
+
+def best_of(folders: Folders) -> dict[str, dict[str, float]]:
+    """The best setting of every method that is tuned."""
+    path = folders.results / "sweep" / "best.json"
+    if not path.exists():
+        return {}
+    with as_written(path, "remove it; python -m experiments.sweep makes it again from the records"):
+        found = json.loads(path.read_text())
+        return {name: {knob: float(value) for knob, value in of["trial"].items()} for name, of in found.items()}
 
 
 # Tuning ---------------------------------------------------------------------------------------------------------------
@@ -120,8 +173,9 @@ def methods_of(folders: Folders) -> dict[str, Method]:
 def trials_of(method: Method, count: int = TRIALS) -> list[dict[str, float]]:
     """The settings of a method: the recipe, then a Latin hypercube with the same draws for every method."""
     generator = random.Random(TUNING_SEED)
-    lrs, pasts, qs, gammas = (strata(generator, count - 1) for _ in range(4))
-    recipe = {"momentum": 0.9, "beta1": 0.9, "q": 0.5, "gamma": 0.1, **method.recipe}
+    lrs, pasts, qs, gammas, radii, decays = (strata(generator, count - 1) for _ in range(6))
+    recipe = {"momentum": 0.9, "beta1": 0.9, "q": 0.5, "gamma": 0.1, "embed_radius": RADIUS, "weight_decay": 0.0}
+    recipe |= method.recipe
     drawn = [
         {
             "lr": method.lr_from * 16**u,
@@ -129,8 +183,10 @@ def trials_of(method: Method, count: int = TRIALS) -> list[dict[str, float]]:
             "beta1": 1 - 0.05 * 19**v,
             "q": 0.2 + 0.75 * w,
             "gamma": 0.02 * 25**x,
+            "embed_radius": RADIUS * 16 ** (y - 0.5),
+            "weight_decay": 0.1 * 100**z,
         }
-        for u, v, w, x in zip(lrs, pasts, qs, gammas, strict=True)
+        for u, v, w, x, y, z in zip(lrs, pasts, qs, gammas, radii, decays, strict=True)
     ]
     return [{knob: float(f"{trial[knob]:.3g}") for knob in method.knobs} for trial in [recipe, *drawn]]
 
@@ -142,10 +198,10 @@ def strata(generator: random.Random, count: int) -> list[float]:
     return values
 
 
-def job_of(folders: Folders, name: str, method: Method, number: int, steps: int, length: int) -> Job:
+def job_of(folders: Folders, name: str, method: Method, number: int, trial: dict[str, float], steps: int, length: int) -> Job:
     """A trial's run. `length` is the tuning length; the run is validated at each rung."""
     options = {
-        "batch_size": BATCH, **method.options, **trials_of(method)[number], "steps": steps, "seed": TUNING_SEED,
+        "batch_size": BATCH, **_base_of(folders, method), **method.options, **trial, "steps": steps, "seed": TUNING_SEED,
         "val_every": length // 4, "log_every": length // 4, "checkpoint_every": 0, "keep_checkpoints": 1,
     }  # fmt: skip
     folder = folders.runs / "sweep" / name / f"trial{number:02}"
@@ -153,20 +209,53 @@ def job_of(folders: Folders, name: str, method: Method, number: int, steps: int,
 
 
 def rungs_of(folders: Folders, name: str, method: Method, length: int) -> list[list[tuple[Job, float]]]:
-    """The jobs and scores of each rung known so far. A rung is known once all scores of the one before are."""
-    going, rungs = list(range(TRIALS)), []
+    """The jobs and scores of each rung known so far, and of the trials beyond an edge as the last one.
+
+    A rung is known once all scores of the one before are.
+    """
+    trials, rungs = trials_of(method), []
+    going = list(range(TRIALS))
     for steps, kept in zip((length // 4, length // 2, length), SURVIVORS, strict=True):
         going = going[:kept]
-        jobs = {i: job_of(folders, name, method, i, steps, length) for i in going}
+        jobs = {i: job_of(folders, name, method, i, trials[i], steps, length) for i in going}
         scores = {i: jobs[i].loss_at(jobs[i].read(), steps) for i in going}
         rungs.append([(jobs[i], scores[i]) for i in going])
         if any(map(math.isnan, scores.values())):
-            break
+            return rungs
         going = sorted((i for i in going if scores[i] < math.inf), key=lambda i: scores[i])
         if not going:
             advice = "lower its lr_from" if name in METHODS else "remove its records and choose a lower --lr"
             raise UserError(f"every trial of {name} diverged; {advice}")
-    return rungs
+    beyond: list[tuple[Job, float]] = []
+    best, score = trials[going[0]], scores[going[0]]
+    for knob, up in _edges(method, best):
+        while (further := _further(best, knob, up)) != best:
+            job = job_of(folders, name, method, TRIALS + len(beyond), further, length, length)
+            beyond.append((job, job.loss_at(job.read(), length)))
+            if not beyond[-1][1] < score:  # worse, or not known yet
+                break
+            best, score = further, beyond[-1][1]
+        if beyond and math.isnan(beyond[-1][1]):
+            break
+    return [*rungs, beyond]
+
+
+def _edges(method: Method, best: dict[str, float]) -> list[tuple[str, bool]]:
+    """The knobs whose best value is the largest (True) or the smallest (False) of the 16."""
+    ranges = {knob: [trial[knob] for trial in trials_of(method)] for knob in method.knobs}
+    return [(knob, best[knob] == max(tried)) for knob, tried in ranges.items() if best[knob] in (min(tried), max(tried))]
+
+
+def _further(trial: dict[str, float], knob: str, up: bool) -> dict[str, float]:
+    """The trial with a knob further out: by a factor of 2, or, for what must stay below 1, half of the way to 1."""
+    value = trial[knob]
+    if knob in ("momentum", "beta1"):
+        value = 1 - (1 - value) / 2 if up else max(0.0, 1 - 2 * (1 - value))
+    elif knob == "q" and up:
+        value = (1 + value) / 2 if value < 0.98 else 1.0
+    else:
+        value *= 2 if up else 0.5
+    return trial | {knob: float(f"{value:.3g}")}
 
 
 def report(folders: Folders, methods: Mapping[str, Method], length: int) -> None:
@@ -174,27 +263,25 @@ def report(folders: Folders, methods: Mapping[str, Method], length: int) -> None
     best, rows = {}, [["method", "trial", "setting", f"at {length // 4}", f"at {length // 2}", f"at {length}"]]
     for name, method in methods.items():
         rungs = rungs_of(folders, name, method, length)
-        if len(rungs) == len(SURVIVORS) and not any(math.isnan(score) for _, score in rungs[-1]):
-            job, score = min(rungs[-1], key=lambda pair: pair[1])
-            trial = {knob: job.options[knob] for knob in method.knobs}
-            best[name] = {"trial": trial, "val_loss": score, "updates": length, "at_the_edge": _edges(method, trial)}
+        ended = rungs.pop() if len(rungs) > len(SURVIVORS) else []
+        if len(rungs) == len(SURVIVORS):
+            found = [(job, score) for job, score in rungs[-1] + ended if not math.isnan(score)]
+            if len(found) == len(rungs[-1]) + len(ended):
+                job, score = min(found, key=lambda pair: pair[1])
+                best[name] = {"trial": {knob: job.options[knob] for knob in method.knobs}, "val_loss": score, "updates": length}
         scores = [{job.folder.name: score for job, score in rung} for rung in rungs]
-        for job, _ in rungs[0]:
+        scores += [{}] * (len(SURVIVORS) - len(scores))
+        scores[-1] |= {job.folder.name: score for job, score in ended}
+        for job, _ in rungs[0] + ended:
             setting = Arm("", "", {knob: job.options[knob] for knob in method.knobs}).setting
             cells = [_shown(found.get(job.folder.name)) for found in scores]
-            cells += [""] * (len(SURVIVORS) - len(scores))
             rows.append([method.title, job.folder.name.removeprefix("trial"), setting, *cells])
     folder = folders.results / "sweep"
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "best.json", json.dumps(jsonable(best), indent=1) + "\n")
     head = f"`python -m experiments.sweep`, tuning seed {TUNING_SEED}. Validation loss at the updates of each rung."
-    write_text(folder / "table.md", f"# The sweep\n\n{head}\n\n{markdown(rows)}")
-
-
-def _edges(method: Method, trial: dict[str, float]) -> list[str]:
-    """The knobs whose best value is the smallest or the largest that was tried."""
-    trials = trials_of(method)
-    return [knob for knob, value in trial.items() if value in (min(t[knob] for t in trials), max(t[knob] for t in trials))]
+    tail = f"Trials from {TRIALS} on lie beyond the range, where its edge was the best."
+    write_text(folder / "table.md", f"# The sweep\n\n{head}\n{tail}\n\n{markdown(rows)}")
 
 
 def _shown(score: float | None) -> str:
@@ -206,28 +293,25 @@ def _shown(score: float | None) -> str:
 # Evaluation -----------------------------------------------------------------------------------------------------------
 
 
-def evaluation(folders: Folders, seeds: int = 5, steps: int = EVALUATE_STEPS) -> list[Comparison]:
-    """One comparison of the best settings over seeds, Gluon first; no comparison if Gluon is not tuned yet."""
-    path = folders.results / "sweep" / "best.json"
-    if not path.exists():
-        return []
-    with as_written(path, "remove it; python -m experiments.sweep makes it again from the records"):
-        trials = {
-            name: {knob: float(value) for knob, value in found["trial"].items()}
-            for name, found in json.loads(path.read_text()).items()
-        }
+def evaluation(folders: Folders, seeds: int = 5, steps: int = EVALUATE_STEPS, decay: bool = False) -> list[Comparison]:
+    """One comparison of the best settings over seeds, Gluon first; no comparison if Gluon is not tuned yet.
+
+    `decay`: the lr falls linearly to 0 over the last part. Until then a run is that of the constant lr, bit for bit.
+    """
+    trials = best_of(folders)
     if "gluon" not in trials:
         return []
     every = min(50, max(1, steps // 4))
     common = {"batch_size": BATCH, "val_every": every, "log_every": every, "checkpoint_every": 500, "keep_checkpoints": 1}
+    common |= {"schedule": "linear", "warmdown_steps": round(DECAY * steps)} if decay else {}
     arms = tuple(
-        Arm(name, method.title, {**common, **method.options, **trials[name]}, CONFIG)
+        Arm(name, method.title, {**common, **_base_of(folders, method), **method.options, **trials[name]}, CONFIG)
         for name, method in methods_of(folders).items()
         if name in trials
     )
-    lengths = {arm.key: 2 * steps if arm.key == "gluon" else steps for arm in arms}
-    title = "Every method at its best setting"
-    place = Path("sweep") / "evaluation"
+    lengths = {arm.key: 2 * steps if arm.key == "gluon" and not decay else steps for arm in arms}
+    title = "Every method at its best setting" + (", with a linear decay" if decay else "")
+    place = Path("sweep") / ("decayed" if decay else "evaluation")
     return [Comparison(title, arms, tuple(range(seeds)), lengths, folders.runs / place, folders.results / place)]
 
 
@@ -240,6 +324,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--lr", type=float, help="package.module:Class: centre of its lr range (the constructor's default)")
     parser.add_argument("--optimizer-options", metavar="JSON", help="package.module:Class: more options of its constructor")
     parser.add_argument("--evaluate", action="store_true", help="run the best settings over seeds instead of tuning")
+    parser.add_argument("--decay", action="store_true", help="with --evaluate: the lr falls to 0 over the last 30%%")
     parser.add_argument("--seeds", type=positive, default=5, help="number of seeds of the evaluation [5]")
     parser.add_argument(
         "--steps", type=positive, help=f"updates (a multiple of 4; tuning {TUNE_STEPS}, evaluation {EVALUATE_STEPS})"
@@ -254,18 +339,30 @@ def main(argv: list[str]) -> None:
     length = arguments.steps or TUNE_STEPS
     if length % 4:
         raise UserError(f"--steps {length} must be a multiple of 4, for the rungs of the halving")
-    try:
-        for rung in range(len(SURVIVORS)):
-            known = [rungs_of(folders, name, method, length) for name, method in methods.items()]
-            jobs = [job for rungs in known for job, _ in (rungs[rung] if len(rungs) > rung else [])]
-            if arguments.plan:
-                print(plan_of(jobs))
-            else:
-                run_all(jobs, arguments.jobs)
-    finally:
-        if not arguments.plan:
-            known = methods_of(folders) | methods
-            report(folders, {name: m for name, m in known.items() if name in methods or _begun(folders, name)}, length)
+    for based in (False, True):  # a method that goes on from another's best setting comes second
+        of_stage = {name: method for name, method in methods.items() if bool(method.base) == based}
+        if not of_stage:
+            continue
+        try:
+            _tune(folders, of_stage, length, arguments)
+        finally:
+            if not arguments.plan:
+                known = methods_of(folders) | of_stage
+                report(folders, {name: m for name, m in known.items() if name in of_stage or _begun(folders, name)}, length)
+
+
+def _tune(folders: Folders, methods: Mapping[str, Method], length: int, arguments: argparse.Namespace) -> None:
+    """Run what is not known yet, rung by rung, and then the trials beyond an edge."""
+    unknown = True
+    while unknown:
+        known = [rungs_of(folders, name, method, length) for name, method in methods.items()]
+        trials = [trial for rungs in known for rung in rungs for trial in rung]
+        jobs = list({job.folder: job for job, _ in trials}.values())  # the last rung of each
+        if arguments.plan:
+            print(plan_of(jobs))
+            return
+        run_all(jobs, arguments.jobs)
+        unknown = any(math.isnan(score) for _, score in trials)
 
 
 def _chosen(folders: Folders, arguments: argparse.Namespace) -> dict[str, Method]:
@@ -290,7 +387,7 @@ def _begun(folders: Folders, name: str) -> bool:
 
 
 def _evaluate(folders: Folders, methods: Mapping[str, Method], arguments: argparse.Namespace) -> None:
-    comparisons = evaluation(folders, arguments.seeds, arguments.steps or EVALUATE_STEPS)
+    comparisons = evaluation(folders, arguments.seeds, arguments.steps or EVALUATE_STEPS, arguments.decay)
     if not comparisons:
         raise UserError("Gluon is not tuned yet; run python -m experiments.sweep first")
     comparison = comparisons[0]
@@ -304,7 +401,7 @@ def _evaluate(folders: Folders, methods: Mapping[str, Method], arguments: argpar
     if not comparison.curves(comparison.baseline):
         raise UserError("no run of Gluon is done yet; add gluon to --methods")
     speed = read_speed(folders.results / "figures" / "calibration.json", BATCH, comparison.arms)
-    print(write(comparison, speed, folders.results / "sweep" / "evaluation", []))
+    print(write(comparison, speed, folders.results / comparison.records.relative_to(folders.results), []))
     print("python -m experiments.leaderboard puts it into results/README.md")
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from experiments.contestants import Transported, WarmNesterov
+from experiments.contestants import MuonAdamW, Transported, WarmNesterov
 from optim import Gluon
 from optim.norms import get_norm
 
@@ -95,3 +95,23 @@ def test_nesterov_with_a_warm_up_follows_its_formula(beta):
         x = x + LR * lmo(b * m + (1 - b) * g)
         torch.testing.assert_close(found[k], x, rtol=1e-9, atol=1e-9)
     assert WarmNesterov._beta({"momentum": 0.95, "updates": 900}) == pytest.approx(0.95)
+
+
+def test_muon_with_adamw_is_both_of_torch_and_resumes():
+    def parts(p, q):
+        options = {"lr": 0.01, "momentum": 0.9, "weight_decay": 0.0, "adjust_lr_fn": "match_rms_adamw"}
+        return torch.optim.Muon([p], **options), torch.optim.AdamW([q], 0.01, (0.9, 0.95), weight_decay=0.0)
+
+    torch.manual_seed(0)
+    start, gradients = torch.randn(2, 4, 3), torch.randn(6, 2, 4, 3)
+    p, q, a, b = (torch.nn.Parameter(start[i % 2].clone()) for i in range(4))
+    both, apart = MuonAdamW([{"params": [p]}, {"params": [q]}], 0.01, 0.9), parts(a, b)
+    for k, (g, h) in enumerate(gradients):
+        if k == 3:
+            saved, both = both.state_dict(), MuonAdamW([{"params": [p]}, {"params": [q]}], 0.5, 0.1)
+            both.load_state_dict(saved)
+        p.grad, q.grad, a.grad, b.grad = (x.clone() for x in (g, h, g, h))
+        both.step()
+        [part.step() for part in apart]
+        assert torch.equal(p, a) and torch.equal(q, b)
+    assert not torch.equal(p, start[0]) and not torch.equal(q, start[1])

@@ -16,7 +16,7 @@ from experiments.comparison import Arm, curve_of
 from experiments.controls import DoubleAverage
 from experiments.run_jobs import Job, pack
 from optim import Gluon, GluonMVR2
-from reading.runs import read_packed
+from reading.runs import Run, read_packed, write_packed
 
 SMALL = "--n-layer=1 --n-head=1 --d-model=8 --seq-len=8 --val-tokens=8 --val-every=1 --device=cpu"
 
@@ -47,16 +47,17 @@ def test_trials_are_the_recipe_and_a_latin_hypercube(name):
     method = sweep.METHODS[name]
     trials = sweep.trials_of(method)
     assert len(trials) == sweep.TRIALS and trials == sweep.trials_of(method)
-    assert trials[0]["lr"] == method.recipe["lr"]
+    assert trials[0] == {"embed_radius": 3000.0, "weight_decay": 0.0} if method.base else trials[0]["lr"] == method.recipe["lr"]
     assert all(trial.keys() == set(method.knobs) for trial in trials)
-    for knob, low, high in (("lr", method.lr_from, 16 * method.lr_from), ("momentum", 0.05, 0.95), ("gamma", 0.02, 0.5)):
+    for knob, low, high in (("lr", method.lr_from, 16 * method.lr_from), ("momentum", 0.05, 0.95), ("gamma", 0.02, 0.5),
+                            ("embed_radius", 750, 12000), ("weight_decay", 0.1, 10)):  # fmt: skip
         values = [1 - t[knob] if knob == "momentum" else t[knob] for t in trials[1:] if knob in t]
         places = sorted(int(len(values) * math.log(v / low) / math.log(high / low) * 0.9999 + 1e-3) for v in values)
         assert places in ([], list(range(len(values)))), knob
 
 
 def test_every_method_draws_the_same():
-    found = [[trial["lr"] / m.lr_from for trial in sweep.trials_of(m)[1:]] for m in sweep.METHODS.values()]
+    found = [[trial["lr"] / m.lr_from for trial in sweep.trials_of(m)[1:]] for m in sweep.METHODS.values() if not m.base]
     assert all(ratios == pytest.approx(found[0], rel=5e-3) for ratios in found)
 
 
@@ -65,12 +66,69 @@ def test_halving(tmp_path, monkeypatch):
     monkeypatch.setattr(Job, "loss_at", lambda job, run, steps: abs(job.options["momentum"] - 0.5) + 1 / steps)
     gluon = sweep.METHODS["gluon"]
     rungs = sweep.rungs_of(figures.Folders(tmp_path, tmp_path), "gluon", gluon, 40)
-    assert [len(rung) for rung in rungs] == [16, 8, 4]
-    assert [{job.options["steps"] for job, _ in rung} for rung in rungs] == [{10}, {20}, {40}]
+    assert [len(rung) for rung in rungs] == [16, 8, 4, 0]
+    assert [{job.options["steps"] for job, _ in rung} for rung in rungs] == [{10}, {20}, {40}, set()]
     betas = sorted((t["momentum"] for t in sweep.trials_of(gluon)), key=lambda beta: abs(beta - 0.5))
     assert [job.options["momentum"] for job, _ in rungs[2]] == betas[:4]
     monkeypatch.setattr(Job, "loss_at", lambda job, run, steps: math.nan if steps == 20 else 1.0)
     assert len(sweep.rungs_of(figures.Folders(tmp_path, tmp_path), "gluon", gluon, 40)) == 2
+
+
+@pytest.mark.parametrize("knob, best", [("lr", 0.02), ("lr", 1e-5), ("q", 0.97), ("momentum", 0.99)])
+def test_the_range_grows_until_its_edge_is_not_the_best(tmp_path, monkeypatch, knob, best):
+    """The loss is the distance of a knob from a best value that lies outside the range."""
+
+    def place(value):
+        return math.log(value if knob == "lr" else 1 - value + 1e-9)
+
+    known = math.inf  # trials from this one on have no score yet
+
+    def score(job, run, steps):
+        number = int(job.folder.name.removeprefix("trial"))
+        return math.nan if number >= known else abs(place(job.options[knob]) - place(best))
+
+    monkeypatch.setattr(Job, "loss_at", score)
+    folders, mvr2 = figures.Folders(tmp_path, tmp_path), sweep.METHODS["mvr2"]
+    beyond = sweep.rungs_of(folders, "mvr2", mvr2, 40)[-1]
+    values = [job.options[knob] for job, _ in beyond]
+    assert {job.options["steps"] for job, _ in beyond} == {40} and beyond[0][0].folder.name == "trial16"
+    assert len(values) >= 2 and beyond[-1][1] >= beyond[-2][1]  # the last trial is past the best one
+    assert abs(place(values[-2]) - place(best)) < math.log(2)
+    known = 17
+    assert [job.folder.name for job, _ in sweep.rungs_of(folders, "mvr2", mvr2, 40)[-1]] == ["trial16", "trial17"]
+    sweep.report(folders, {"mvr2": mvr2}, 40)
+    assert json.loads((tmp_path / "sweep" / "best.json").read_text()) == {}  # not until all is known
+    known = math.inf
+    sweep.report(folders, {"mvr2": mvr2}, 40)
+    found = json.loads((tmp_path / "sweep" / "best.json").read_text())["mvr2"]["trial"]
+    assert found[knob] == values[-2]
+
+
+def test_a_method_goes_on_from_the_best_setting_of_another(tmp_path):
+    folders, radii = figures.Folders(tmp_path, tmp_path), sweep.METHODS["mvr2_radii"]
+    with pytest.raises(UserError, match="mvr2 must be tuned first"):
+        sweep.rungs_of(folders, "mvr2_radii", radii, 40)
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "best.json").write_text('{"mvr2": {"trial": {"lr": 0.001, "momentum": 0.7, "q": 0.6}}}')
+    job, _ = sweep.rungs_of(folders, "mvr2_radii", radii, 40)[0][1]
+    found = {name: job.options[name] for name in ("optimizer", "lr", "momentum", "q")}
+    assert found == {"optimizer": "mvr2", "lr": 0.001, "momentum": 0.7, "q": 0.6}
+    assert 750 <= job.options["embed_radius"] <= 12000 and 0.1 <= job.options["weight_decay"] <= 10
+
+
+def test_records_are_read_without_the_package(tmp_path):
+    """A class that was tuned and can't be imported here keeps its row: title, version, fixed options and knobs."""
+    config = {"optimizer": "no_such_package:Best", "optimizer_options": {"alpha": 2}, "lr": 0.01, "momentum": 0.9}
+    config |= {"q": None, "gamma": None, "beta1": None, "steps": 4}
+    metrics = [{"update": u, "passes": u, "seconds": u, "tokens": u, "val_loss": 2.0} for u in (0, 4)]
+    environment = {"package": "no_such_package 1.2"}
+    (tmp_path / "sweep").mkdir()
+    run = Run("trial00", tmp_path, config, environment, metrics)
+    write_packed(tmp_path / "sweep" / "no_such_package.Best.jsonl", [run])
+    method = sweep.methods_of(figures.Folders(tmp_path, tmp_path))["no_such_package.Best"]
+    assert (method.title, method.knobs) == ("Best (no_such_package 1.2), alpha 2", ("lr", "momentum"))
+    assert method.options == {"optimizer": "no_such_package:Best", "optimizer_options": {"alpha": 2}}
+    assert curve_of(run, 4).passes == (0.0, 4.0)
 
 
 OWN = {
@@ -272,14 +330,16 @@ def test_the_sweep_to_its_leaderboard(tmp_path, monkeypatch, capsys):
     results = tmp_path / "results"
     words = ["--methods", "gluon", "mvr2", "torch.optim:Muon", "--results", str(results), "--runs", str(tmp_path / "runs")]
     sweep.main([*words, "--steps", "40"])
-    assert len(started) == 3 * (16 + 8 + 4)
+    inside = [job for job in started if int(job.folder.name[-2:]) < sweep.TRIALS]
+    assert len(inside) == 3 * (16 + 8 + 4) and len(started) - len(inside) <= 2  # the rest lie beyond an edge
+    tuned = len(started)
     best = json.loads((results / "sweep" / "best.json").read_text())
     lrs = [trial["lr"] for trial in sweep.trials_of(sweep.METHODS["gluon"])]
     assert best["gluon"]["trial"]["lr"] == min(lrs, key=lambda lr: abs(math.log(lr / 5e-4)))
     sweep.main([*words, "--steps", "40"])
-    assert len(started) == 84  # all of it was done
+    assert len(started) == tuned  # all of it was done
     sweep.main([*words, "--evaluate"])
-    assert len(started) == 84 + 3 * 5
+    assert len(started) == tuned + 3 * 5
     assert (results / "sweep" / "evaluation.png").stat().st_size > 10_000
     text = leaderboard.leaderboard(leaderboard.evaluated(figures.Folders(tmp_path / "runs", results))).splitlines()
     assert text[2].startswith("| MVR-2 |") and {line.split(" | ")[0] for line in text[3:]} == {"| Gluon", "| Muon"}
