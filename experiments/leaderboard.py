@@ -25,7 +25,8 @@ def evaluated(folders: Folders) -> list[dict[str, Any]]:
     """A row for each method at its best setting, lowest loss at equal updates first; no rows if Gluon has no run yet.
 
     A row of `compare` also gets `worth`, the updates after which Gluon's mean curve is where the method's is (and the ends of
-    the interval of their difference), and `behind_best`, the difference from the first row's method.
+    the interval of their difference), `behind_best`, the difference from the first row's method, and `decayed`, the row of the
+    same setting with a linear decay.
     """
     comparisons = sweep.evaluation(folders)
     if not comparisons or not comparisons[0].curves(comparisons[0].baseline):
@@ -36,12 +37,13 @@ def evaluated(folders: Folders) -> list[dict[str, Any]]:
     arms = {arm.key: arm for arm in comparison.arms}
     gluon, best = (comparison.curves(arm) for arm in (comparison.baseline, arms[rows[0]["arm"]]))
     course = mean_curve(gluon.values())
+    decayed = {row["arm"]: row for row in compare(sweep.evaluation(folders, decay=True)[0], None)}
     for row in rows:
         curves = comparison.curves(arms[row["arm"]])
         gap = row["equal_updates"]["difference"] if "equal_updates" in row else Interval(0.0, 0.0, 0.0, len(gluon))
         start = course.at("updates", row["updates"])
         row["worth"] = [course.reached(start + loss) for loss in (gap.mean, gap.high, gap.low)]
-        row["course"] = course.end("updates")
+        row["course"], row["decayed"] = course.end("updates"), decayed.get(row["arm"])
         if row is not rows[0] and curves.keys() & best.keys():
             row["behind_best"] = difference(curves, best, "updates", row["updates"])[1]
     return rows
@@ -51,13 +53,13 @@ def leaderboard(rows: list[dict[str, Any]]) -> str:
     """The full comparison, with the command that made each row."""
     heads = ["method", "setting", "validation loss [95%]", "updates", "gradients", "seconds"]
     gaps = ["minus Gluon: equal updates", "equal gradients", "equal seconds", "minus the best: equal updates"]
-    lines = [[*heads, "worth in updates of Gluon", *gaps, "command"]]
+    lines = [[*heads, "worth in updates of Gluon", *gaps, "with linear decay", "minus Gluon", "command"]]
     for row in rows:
         cells = [row["label"], row["setting"], row["loss"].level]
         cells += [f"{row['updates']:,}", f"{row['passes']:,.0f}", f"{row['seconds']:,.0f}"]
         method = row["arm"] if row["arm"] in sweep.METHODS else row["options"]["optimizer"]
         behind = row["behind_best"].judged if "behind_best" in row else ""
-        lines.append([*cells, _worth(row), *_gaps(row, BUDGETS), behind, f"`{COMMAND} --methods {method}`"])
+        lines.append([*cells, _worth(row), *_gaps(row, BUDGETS), behind, *_decayed(row), f"`{COMMAND} --methods {method}`"])
     return _table(lines)
 
 
@@ -73,6 +75,12 @@ def answer(rows: list[dict[str, Any]]) -> str:
 def _gaps(row: dict[str, Any], budgets: Iterable[str]) -> list[str]:
     gaps = [row.get(f"equal_{budget}") for budget in budgets]
     return [gap["difference"].judged if gap else "" for gap in gaps]
+
+
+def _decayed(row: dict[str, Any]) -> list[str]:
+    """The loss with a linear decay, and its difference from Gluon's."""
+    decayed = row["decayed"]
+    return [decayed["loss"].level, *_gaps(decayed, ("updates",))] if decayed else ["", ""]
 
 
 def _worth(row: dict[str, Any]) -> str:
