@@ -1,6 +1,6 @@
 """The numbers of the studies: intervals, paired differences, curves at equal budgets.
 
-Pure functions of numbers, without torch. `tests/experiments/test_evidence.py` checks them against values known from elsewhere.
+Pure functions of numbers, without torch. `tests/experiments/test_intervals.py` checks them against values known from elsewhere.
 """
 
 import math

@@ -18,6 +18,7 @@ from experiments.figures import FIGURES, Folders
 from experiments.intervals import BUDGETS, Interval, difference, mean_curve
 
 NOT_RUN = "Not run yet: `{}`."
+SMALL = ("mini", "matched")
 COMMAND = "python -m experiments.sweep --evaluate"
 
 
@@ -94,16 +95,25 @@ def _table(lines: list[list[str]]) -> str:
 
 
 def figure_sections(folders: Folders) -> dict[str, str]:
-    """The sections of the figures at mini scale, by name."""
-    found = {}
+    """The sections of the figures on the small model, by name, and how their differences change with the noise."""
+    found, lines = {}, [["figure", "method", "minus Gluon at 8 or 2 sequences", "at 64 or 16 sequences"]]
     for number, figure in FIGURES.items():
-        comparison = figures.plan(number, "mini", 5, None, folders, {})
-        if comparison.curves(comparison.baseline) and any(map(comparison.curves, comparison.arms[1:])):
-            speed = read_speed(_calibration(folders), figure.batch["mini"], comparison.arms)
-            found[f"mini figure {number}"] = figures.page_of(comparison, number, "mini", speed)
-        else:
-            found[f"mini figure {number}"] = NOT_RUN.format(f"python -m experiments.figures --figure {number} --scale mini")
-    return found
+        gaps: dict[str, list[str]] = {arm.label: [] for arm in figure.variants}
+        for scale in SMALL:
+            comparison = figures.plan(number, scale, 5, None, folders, {})
+            base = comparison.curves(comparison.baseline)
+            if base and any(map(comparison.curves, comparison.arms[1:])):
+                speed = read_speed(_calibration(folders), figure.batch[scale], comparison.arms)
+                found[f"{scale} figure {number}"] = figures.page_of(comparison, number, scale, speed)
+            else:
+                command = f"python -m experiments.figures --figure {number} --scale {scale}"
+                found[f"{scale} figure {number}"] = NOT_RUN.format(command)
+            for arm in comparison.arms[1:]:
+                own = comparison.curves(arm)
+                gap = difference(own, base, "updates", figures.MATCHED_STEPS)[1].judged if own.keys() & base.keys() else ""
+                gaps[arm.label].append(gap)
+        lines += [[f"{number}", label, *cells] for label, cells in gaps.items()]
+    return {**found, "noise": markdown(lines)}
 
 
 def pages(folders: Folders) -> dict[Path, dict[str, str]]:
