@@ -20,18 +20,20 @@ from training.ranks import Ranks
 from training.trackers import Tracker, start_trackers
 
 # Dense bfloat16 peak of one device, FLOP/s, from the makers' data sheets. The first name that the card's name contains counts.
-# A name without a suffix is the SXM part if there are several; NVL and PCIe parts are slower. Half of an MI250X is a device.
+# A name without a suffix is the SXM part if there are several; NVL and PCIe parts are slower.
+# AMD's are FLOP a clock and unit (1,024 in CDNA 2, 2,048 in 3, 4,096 in 4) × units × clock; rocm.docs.amd.com.
+# Half of an MI250X is a device.
 PEAK_FLOPS = {
     "GB200": 2500e12, "B200": 2250e12, "H200 NVL": 835e12, "H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12,
     "H100": 989e12, "H800 PCIe": 756e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12,
     "RTX 5090": 210e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "MI355X": 2516e12, "MI350X": 2307e12, "MI325X": 1307e12,
-    "MI300X": 1307e12, "MI250X": 191.5e12,
+    "MI300X": 1307e12, "MI250X": 191.5e12, "MI210": 181e12,
 }  # fmt: skip
 
 
 def peak_flops(card: str) -> float:
     """The bfloat16 peak of the card of this name, FLOP/s; 0 if it is not known, as for a part of a card (MIG)."""
-    if re.search(r" (Ti|D|Laptop|MIG)\b", card):
+    if re.search(r" (Ti|D|Laptop|MIG|/)( |$)", card):  # the driver calls both of two cards "AMD Instinct MI250X / MI250"
         return 0.0
     return next((flops for part, flops in PEAK_FLOPS.items() if part in card), 0.0)
 

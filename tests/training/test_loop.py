@@ -1,5 +1,6 @@
 """The training loop: no step waits for the device, the speed is since the last line, and a rank that waits can be ended."""
 
+import math
 import os
 import signal
 import time
@@ -114,9 +115,13 @@ def test_the_speed_is_that_since_the_last_line(capsys):
 def test_the_peak_is_that_of_the_exact_card():
     names = ["NVIDIA H100 80GB HBM3", "NVIDIA H100 NVL", "NVIDIA H100 PCIe", "NVIDIA H200", "NVIDIA H200 NVL"]
     assert [peak_flops(name) / 1e12 for name in names] == pytest.approx([989, 835, 756, 989, 835])
-    names = ["AMD Instinct MI250X", "AMD Instinct MI300X", "AMD Instinct MI325X", "AMD Instinct MI355X"]
-    assert [peak_flops(name) / 1e12 for name in names] == pytest.approx([191.5, 1307, 1307, 2516])
+    # FLOP a clock and unit, units, GHz
+    parts = {"210": (1024, 104, 1.7), "250X": (1024, 110, 1.7), "300X": (2048, 304, 2.1), "325X": (2048, 304, 2.1)}
+    parts |= {"350X": (4096, 256, 2.2), "355X": (4096, 256, 2.4)}
+    for name, factors in parts.items():
+        assert peak_flops(f"AMD Instinct MI{name}") / 1e9 == pytest.approx(math.prod(factors), rel=1e-3)
     unknown = ["", "a card", "NVIDIA RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 3090 Ti", "NVIDIA H100 80GB HBM3 MIG 1g.10gb"]
+    unknown.append("AMD Instinct MI250X / MI250")
     assert not any(map(peak_flops, unknown))
 
 
