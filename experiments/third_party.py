@@ -50,6 +50,7 @@ MODULES: dict[str, str | None] = {
 _MUON_GROUPS = [["blocks.*", {"use_muon": True}], ["*", {"use_muon": False}]]
 _AUX_GROUPS = [["blocks.*", {"use_muon": True, "lr": 0.02}], ["*", {"use_muon": False, "lr": 1e-3}]]
 NEEDED: dict[str, dict[str, Any]] = {
+    "heavyball:PSGDKron": {"optimizer_options": {"precond_init_scale": 0.1}},  # some first gradients of the model are 0
     "muon:MuonWithAuxAdam": {"param_groups": _AUX_GROUPS},
     "muon:SingleDeviceMuonWithAuxAdam": {"param_groups": _AUX_GROUPS},
     "pytorch_optimizer:BSAM": {"optimizer_options": {"num_data": 1000}},
@@ -156,6 +157,8 @@ def _train(options: dict[str, Any], place: dict[str, str], answer: Path) -> None
     import torch._dynamo
 
     torch._dynamo.config.disable = options["optimizer"] in _UNCOMPILED
+    if options["optimizer"].startswith("heavyball") and torch._dynamo.config.disable:  # it insists on what it compiles
+        importlib.import_module("heavyball.utils").compile_mode = None
 
     torch.set_num_threads(1)
     import train_gpt
@@ -214,9 +217,9 @@ def table(rows: list[dict[str, str]]) -> str:
     count = f"{len(rows)} classes: {works} train and resume, or are refused checkpoints; {refused} are refused;"
     cells = [["package", "class", "trains", "resumes", "two ranks", "why not"]]
     for line in rows:
-        needed = "".join(f"with {name}" for name in NEEDED.get(line["class"], {}))
-        needed = "without torch.compile" if line["class"] in _UNCOMPILED else needed
-        note = line["note"].replace("|", "\\|") or needed
+        needed = [f"with {name}" for name in NEEDED.get(line["class"], {})]
+        needed += ["without torch.compile"] * (line["class"] in _UNCOMPILED)
+        note = line["note"].replace("|", "\\|") or ", ".join(needed)
         cells.append([line["package"], line["class"].partition(":")[2], line["trains"], line["resumes"], line["ranks"], note])
     return f"{count}\n{len(rows) - works - refused} fail.\n\n{markdown(cells)}"
 

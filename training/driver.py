@@ -172,7 +172,9 @@ def _options(group: dict[str, Any]) -> dict[str, Any]:
 
 
 def _recast(own: Any, saved: Any) -> bool:
-    """Whether loading has changed the dtype or the device of a tensor in a value."""
+    """Whether torch's loading has changed a value: the dtype or the device of a tensor, or a word."""
+    if isinstance(saved, str):
+        return own != saved
     if isinstance(own, Tensor) and isinstance(saved, Tensor):
         return own.dtype != saved.dtype or own.device != saved.device
     if isinstance(own, list | tuple) and isinstance(saved, list | tuple) and len(own) == len(saved):

@@ -110,7 +110,7 @@ class Averaged(Plain):
 
 
 class Exotic(Plain):
-    """State of many kinds: dtypes, small floats and integers, containers, numbers as keys, parameters as keys."""
+    """State of many kinds: dtypes, small floats and integers, words, containers, numbers as keys, parameters as keys."""
 
     def __init__(self, params: Any, lr: float = 0.05) -> None:
         super().__init__(params, lr, kept=torch.bfloat16, scale=torch.tensor(0.5), last=(1, {"a"}), shared={})
@@ -129,6 +129,7 @@ class Exotic(Plain):
         group["scale"].mul_(0.9)
         p.sub_(small * counts[0] + group["norms"][p] * 1e-3, alpha=float(group["lr"] * group["scale"]))
         assert group["scheme"]("ab") == 2 and group["last"] == (1, {"a"})
+        assert state.setdefault("word", ("ij", ["jk"])) == ("ij", ["jk"])
 
 
 class Codes(Tensor):
