@@ -176,14 +176,14 @@ def run_all(jobs: list[Job], at_once: int) -> None:
     if not waiting:
         return
     configs = [job.load() for job in waiting]
-    with _processes(min(at_once, len(waiting))) as pool:
+    with processes(min(at_once, len(waiting))) as pool:
         started = {pool.submit(_train, config): job for job, config in zip(waiting, configs, strict=True)}
         for future in as_completed(started):
             _settle(started[future], future)
 
 
 @contextmanager
-def _processes(count: int) -> Iterator[ProcessPoolExecutor]:
+def processes(count: int) -> Iterator[ProcessPoolExecutor]:
     """A pool of processes that train. If the block raises, they stop: a run that has begun writes a checkpoint first."""
     # A process that has asked for CUDA must not be forked, so a server that has not is.
     context = multiprocessing.get_context("forkserver")

@@ -11,7 +11,6 @@ The model is that of configs/mini_gluon.py, with a constant lr. A seed sets the 
 `along`    the noise of the gradient and of g - ĝ along such runs of Gluon (experiments.noise)
 """
 
-import multiprocessing
 import os
 import platform
 import statistics
@@ -20,7 +19,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ from experiments.comparison import CONFIG, Arm, study_parser
 from experiments.figures import Folders
 from experiments.intervals import Interval, interval, paired
 from experiments.noise import along, exact, summary, total
-from experiments.run_jobs import CONTINUES, ROOT, Job, run_all, words_of
+from experiments.run_jobs import CONTINUES, ROOT, Job, processes, run_all, words_of
 from reading.runs import Run, read_packed, write_packed
 from training.config import Config, load_config
 
@@ -382,8 +381,7 @@ def measure(folders: Folders, seeds: int, at_once: int) -> None:
                 done = read_packed(path) if path.exists() else {}
                 waiting += [(path, config_of(part, arm, lr, seed)) for lr in LRS if name_of(lr, seed) not in done]
     print(f"{len(waiting)} runs to measure", flush=True)
-    processes = multiprocessing.get_context("forkserver")
-    with ProcessPoolExecutor(at_once, processes, torch.set_num_threads, (1,)) as pool:
+    with processes(at_once) as pool:
         started = {pool.submit(*_measurement(path.parent.name, config)): (path, config) for path, config in waiting}
         for future in as_completed(started):
             path, config = started[future]

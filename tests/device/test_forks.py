@@ -61,7 +61,7 @@ def test_the_tests_start_their_processes_in_such_a_way():
 
 @pytest.mark.slow
 def test_the_pool_of_the_studies_starts_its_processes_in_such_a_way():
-    with run_jobs._processes(2) as pool:
+    with run_jobs.processes(2) as pool:
         assert [pool.submit(os.getenv, POISON).result() for _ in range(4)] == [None] * 4
 
 
