@@ -1,20 +1,22 @@
 """A CPU that plays a GPU: its tensors say that they are on "cuda" or "mps", and do what that device would not do alone.
 
 The values are real, so whole runs can be compared. What a device lacks is an error, and so is a computation with tensors of two
-devices. Each wait of the host for the device is noted.
+devices. Each wait of the host for the device is noted. Without values, the device's tensors take no memory and no time, so a
+model of any size runs; what the host reads then is 0, False, or a list of ones.
 """
 
 import contextlib
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch._dynamo  # looks at what is patched below when it is imported
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import return_and_correct_aliasing
-from torch.utils._pytree import tree_flatten, tree_map
 
 from optim import polar
 
@@ -36,9 +38,10 @@ MOVES = {Tensor.to, Tensor.cpu, Tensor.cuda}
 class Pretended(TorchFunctionMode):
     """While active, the device of this type exists. `waits`: where the host waited for it so far."""
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, values: bool = True) -> None:
         super().__init__()
         self.device, self.waits = torch.device(kind, 0), list[str]()
+        self.values = values
 
     def wait(self, why: str) -> None:
         ours = [f for f in traceback.extract_stack() if "/site-packages/" not in f.filename and "pretended" not in f.filename]
@@ -46,7 +49,14 @@ class Pretended(TorchFunctionMode):
 
     def here(self, inner: Tensor) -> Tensor:
         """The same values on the device."""
-        return OnDevice(inner, self)
+        return OnDevice(inner if self.values else inner.to("meta"), self)
+
+    def back(self, inner: Tensor) -> Tensor:
+        """A copy on the host."""
+        if self.values:
+            return inner.clone()
+        zeros = np.zeros(inner.numel() * inner.element_size(), np.uint8)  # takes no memory until it is written to
+        return torch.from_numpy(zeros).view(inner.dtype).view(inner.shape)
 
     def __torch_function__(self, function, types, arguments=(), options=None):
         options = dict(options or {})
@@ -54,12 +64,13 @@ class Pretended(TorchFunctionMode):
             return self._move(function, *arguments, **options)
         if function is Tensor.tolist and isinstance(arguments[0], OnDevice):
             self.wait("tolist")
-            return arguments[0].inner.tolist()
+            inner = arguments[0].inner
+            return inner.tolist() if self.values else torch.ones(inner.shape, dtype=inner.dtype).tolist()
         if (device := options.get("device")) is not None:
             pinned = options.pop("pin_memory", False)
             if torch.device(device).type == self.device.type:
-                options["device"] = "cpu"
-                return tree_map(lambda t: self.here(t) if isinstance(t, Tensor) else t, function(*arguments, **options))
+                options["device"] = "cpu" if self.values else "meta"
+                return _each(self.here, function(*arguments, **options))
             assert not pinned or self.device.type == "cuda"
         elif options.pop("pin_memory", False):
             assert self.device.type == "cuda", "only CUDA has pinned memory"
@@ -80,7 +91,7 @@ class Pretended(TorchFunctionMode):
         if there:
             if not non_blocking:
                 self.wait("a copy to the host")
-            return tensor.inner.to(dtype=dtype or tensor.dtype, copy=True)
+            return self.back(tensor.inner).to(dtype or tensor.dtype)
         if not (non_blocking and self.device.type == "cuda"):
             self.wait("a copy to the device")
         return self.here(tensor.detach().to(dtype=dtype or tensor.dtype, copy=True))
@@ -112,7 +123,8 @@ class OnDevice(Tensor):
     @classmethod
     def __torch_dispatch__(cls, function, types, arguments=(), options=None):
         options = options or {}
-        tensors = [t for t in tree_flatten((arguments, options))[0] if isinstance(t, Tensor)]
+        tensors: list[Tensor] = []
+        _each(tensors.append, (arguments, options))
         place = next(t.place for t in tensors if isinstance(t, OnDevice))
         packet = function.overloadpacket
         if packet is ATEN.copy_:
@@ -125,18 +137,56 @@ class OnDevice(Tensor):
         index = packet is ATEN.index and any(t.dtype == torch.bool for t in tensors[1:])
         if packet in READS or index:
             place.wait(str(packet))
-        values = tree_map(lambda t: t.inner if isinstance(t, OnDevice) else t, (arguments, options))
-        out = function(*values[0], **values[1])
+        if packet is ATEN._local_scalar_dense and not place.values:
+            return place.back(arguments[0]).item()
         if packet is ATEN.copy_ and not isinstance(arguments[0], OnDevice):
-            return arguments[0]
-        out = tree_map(lambda t: OnDevice(t, place) if isinstance(t, Tensor) else t, out)
+            return arguments[0].copy_(place.back(arguments[1].inner))
+        if not place.values:
+            return _without_values(place, function, arguments, options)
+        out = _each(place.here, function(*_inner(arguments), **_inner(options)))
         return return_and_correct_aliasing(function, arguments, options, out)
 
 
+def _each(act: Callable[[Tensor], Any], value: Any) -> Any:
+    """The same containers with `act` of each tensor."""
+    if isinstance(value, Tensor):
+        return act(value)
+    if isinstance(value, dict):
+        return {name: _each(act, item) for name, item in value.items()}
+    return type(value)([_each(act, item) for item in value]) if isinstance(value, list | tuple) else value
+
+
+def _inner(value: Any) -> Any:
+    return _each(lambda t: t.inner if isinstance(t, OnDevice) else t, value)
+
+
+_KNOWN: dict[Any, Any] = {}  # what an operation gave without values, by the sizes of its inputs
+
+
+def _without_values(place: Pretended, function: Any, arguments: tuple, options: dict[str, Any]) -> Any:
+    """The result of an operation whose tensors have sizes alone. A run repeats a few, which are worked out once."""
+    key = function, _sizes(arguments), _sizes(options)
+    if key not in _KNOWN:
+        if options.get("device") is not None:  # "cpu", as C++ sees it
+            options = options | {"device": torch.device("meta")}
+        _KNOWN[key] = function(*_inner(arguments), **_inner(options))
+    if function._schema.is_mutable:
+        return options.get("out", arguments[0]) if function._schema.returns else None
+    return _each(place.here, _KNOWN[key])
+
+
+def _sizes(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype, type(value)
+    if isinstance(value, dict):
+        return tuple((name, _sizes(item)) for name, item in value.items())
+    return tuple(map(_sizes, value)) if isinstance(value, list | tuple) else (type(value), value)
+
+
 @contextlib.contextmanager
-def pretended(kind: str) -> Iterator[Pretended]:
+def pretended(kind: str, values: bool = True) -> Iterator[Pretended]:
     """In this block a device of this kind ("cuda", "mps") exists, and is the best one. It has no bfloat16 units."""
-    device = Pretended(kind)
+    device = Pretended(kind, values)
     made = {"mem_get_info": (8 * 2**30, 8 * 2**30), "get_device_name": "a pretended card", "get_device_capability": (7, 5)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: kind == "cuda")
@@ -157,6 +207,9 @@ def pretended(kind: str) -> Iterator[Pretended]:
             patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
             patch.setattr(torch.cuda, "Event", lambda: Event(device))
             patch.setattr(torch.cuda.nccl, "version", lambda: (2, 0, 0))
+            for name in ("autocast", "is_autocast_enabled", "get_autocast_dtype"):  # C++ takes our tensors for ones on the CPU
+                ask = getattr(torch, name)
+                patch.setattr(torch, name, lambda _, *rest, ask=ask, **options: ask("cpu", *rest, **options))
         # `module.to` then exchanges whole tensors, and not only what they hold, which would leave them of their old class.
         before = torch.__future__.get_swap_module_params_on_conversion()
         torch.__future__.set_swap_module_params_on_conversion(True)
