@@ -47,11 +47,9 @@ class Driver:
     A closure of its step may be called more than once, and under `no_grad`. What else is asked of it goes to the optimizer.
     """
 
-    def __init__(
-        self, optimizer: Optimizer, model: nn.Module, ranks: Ranks, manner: Manner, keep_weights: bool = False
-    ) -> None:
+    def __init__(self, optimizer: Optimizer, model: nn.Module, ranks: Ranks, manner: Manner, skips: bool = False) -> None:
         self.optimizer, self.manner = optimizer, manner
-        self.ranks, self._keep_weights = ranks, keep_weights and manner.moves_first
+        self.ranks, self._goes_back = ranks, skips and manner.moves_first
         self._params = [p for group in optimizer.param_groups for p in group["params"]]
         self._packer = Packer(dict(model.named_parameters()), type(optimizer), ranks.device)
         self._built = self._packer.pack([_options(group) for group in optimizer.param_groups], "param_groups")
@@ -73,7 +71,7 @@ class Driver:
         """Take a step. Returns the mean loss over the ranks at the weights that the model held before.
 
         (A class that applies its update within the next step, `deferred`, says the loss itself.) Raises UserError if the step
-        takes no pass, and NotFiniteError with the weights as they were.
+        takes no pass, and NotFiniteError with the weights and the state as they were.
         """
         losses: list[Tensor] = []
 
@@ -85,7 +83,7 @@ class Driver:
         self._began = True
         for p in self._params:
             p.grad = None
-        before = [p.detach().clone() for p in self._params] if self._keep_weights else []
+        before = ([p.detach().clone() for p in self._params], self.save()) if self._goes_back else None
         try:
             if self.manner.gradient_first:
                 one_pass()
@@ -94,7 +92,8 @@ class Driver:
         except NotFiniteError:
             if before:
                 with torch.no_grad():
-                    torch._foreach_copy_(self._params, before)
+                    torch._foreach_copy_(self._params, before[0])
+                self.load(before[1], lr_was_scheduled=False)
             raise
         if not losses:
             raise NoPass(f"{type(self.optimizer).__name__}: its step took no gradient of the batch", everywhere=True)

@@ -48,10 +48,12 @@ def drive(optimizer: Optimizer, model: nn.Module, config: Config, ranks: Ranks) 
             f"a run could not resume, because {unsaved}; --checkpoint-every 0 trains without checkpoints",
             everywhere=True,
         )
+    if unsaved and config.on_nan == "skip" and manner.moves_first:
+        raise refusal(config, f"--on-nan skip can't take a step back, because {unsaved}", everywhere=True)
     if unsaved and ranks.first:
         say(f"optimizer = {config.optimizer}: this run writes no checkpoints, because {unsaved}")
     manner = replace(manner, unsaved=unsaved, per_rank=len(set(ranks.gather(state))) > 1)
-    return Driver(optimizer, model, ranks, manner, keep_weights=config.on_nan == "skip")
+    return Driver(optimizer, model, ranks, manner, skips=config.on_nan == "skip")
 
 
 def _rehearse(config: Config, device: torch.device, dtype: torch.dtype) -> tuple[Manner, str, str]:

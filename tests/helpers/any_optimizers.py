@@ -60,11 +60,14 @@ class Sam(Plain):
 
 
 class TwoGradients(Plain):
-    """Calls the closure twice, and moves between."""
+    """Calls the closure twice, and moves between. It has a momentum."""
 
     def step(self, closure=None):
         super().step(closure)
         super().step(closure)
+
+    def move(self, group, p, state):
+        p.sub_(state.setdefault("m", torch.zeros_like(p)).lerp_(p.grad, 0.5), alpha=group["lr"])
 
 
 class SecondDerivatives(Plain):
@@ -271,6 +274,10 @@ class MovesFirst(Plain):
             for p in group["params"]:
                 p.mul_(1.001)
         super().step(closure)
+
+
+class HiddenMovesFirst(Hidden, MovesFirst):
+    pass
 
 
 class Frozen(Plain):

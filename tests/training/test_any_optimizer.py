@@ -17,7 +17,7 @@ from tests.training.test_not_finite import poison
 from training.checkpoint import list_checkpoints
 from training.config import load_config
 from training.optimizers import build_optimizer, schedule
-from training.packing import to_bytes
+from training.packing import from_bytes, to_bytes
 
 MODULE = "tests.helpers.any_optimizers"
 EXACT = {
@@ -132,13 +132,22 @@ def test_a_run_keeps_its_weights_if_its_state_can_not_be_written(trainer):  # no
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["MovesFirst", "Sam", "TwoGradients"])
-def test_a_skipped_step_leaves_the_weights(trainer, name):  # noqa: F811
-    """The last of 5 steps is skipped: the weights are those of 4."""
-    patch = functools.partial(poison, 4, "loss")
+@pytest.mark.parametrize("name, last_pass", [("MovesFirst", 1), ("Sam", 2), ("TwoGradients", 2)])
+def test_a_skipped_step_leaves_weights_and_state(trainer, name, last_pass):  # noqa: F811
+    """The last of 5 steps is skipped: the weights and the state are those of 4."""
+    patch = functools.partial(poison, 4, "loss", passes=(last_pass,))
     skipping = trainer.run(f"{name}-skips", words(name, on_nan="skip", steps=5), patch=patch).ok()
     four = trainer.run(f"{name}-four", words(name, steps=4)).ok()
     assert all((value == four.weights[key]).all() for key, value in skipping.weights.items())
+    newest = [list_checkpoints(run.folder / "checkpoints")[0] / "optimizer-00000.pt" for run in (skipping, four)]
+    mine, theirs = (to_bytes(from_bytes(path.read_bytes())["optimizer"]) for path in newest)
+    assert mine == theirs
+
+
+@pytest.mark.slow
+def test_skipping_is_refused_for_what_can_not_go_back(trainer):  # noqa: F811
+    done = trainer.run("no-way-back", words("HiddenMovesFirst", checkpoint_every=0, on_nan="skip"))
+    assert "--on-nan skip can't take a step back, because part of its state" in done.refusal()
 
 
 def test_a_checkpoint_executes_nothing(trainer, tmp_path):  # noqa: F811
