@@ -131,15 +131,20 @@ class Config:
     def __post_init__(self, labels: Mapping[str, str]) -> None:
         for name, opt in OPTIONS.items():
             object.__setattr__(self, name, _checked(labels.get(name, name), opt, getattr(self, name)))
-        if self.d_model % (2 * self.n_head):
-            raise _mistake(
-                f"d_model = {self.d_model} must be a multiple of 2 * n_head = {2 * self.n_head}: heads share it, and "
-                "rotary embeddings turn pairs"
-            )
         if ":" not in self.optimizer and self.optimizer not in OPTIMIZERS:
             raise _mistake(
                 f"optimizer must be one of {', '.join(OPTIMIZERS)}, or package.module:Class, not {_shown(self.optimizer)}"
                 + _near(self.optimizer, OPTIMIZERS)
+            )
+        if not self.resume:  # the options that the run itself has are not known yet
+            self.check_together()
+
+    def check_together(self) -> None:
+        """Raises UserError for options that don't go together."""
+        if self.d_model % (2 * self.n_head):
+            raise _mistake(
+                f"d_model = {self.d_model} must be a multiple of 2 * n_head = {2 * self.n_head}: heads share it, and "
+                "rotary embeddings turn pairs"
             )
         if self.compare_with != "last_step" and self.optimizer != "muon_mvr":
             raise _mistake(f"compare_with = {self.compare_with} needs optimizer = muon_mvr, not {self.optimizer}")

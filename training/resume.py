@@ -24,9 +24,10 @@ def own_options(run_dir: Path, config: Config, source: Path | None, state: dict[
     Options on the command line replace the run's own, and so does every option of a config that was built in Python. A config
     file describes how the run starts: when the run itself goes on, it keeps its own values. When another run starts from the
     checkpoint, the file counts as the command line does. Options that nobody named keep the run's own values.
-    Raises UserError if the checkpoint belongs to another experiment.
+    Raises UserError if the checkpoint belongs to another experiment, or for options that don't go together.
     """
     if source is None or state is None:
+        config.check_together()
         return config, []
     origin = f"{source}'s config"
     saved = Config.from_dict(state["config"], origin)
@@ -49,6 +50,7 @@ def own_options(run_dir: Path, config: Config, source: Path | None, state: dict[
     if kept:
         notes.append(f"kept, unlike in the config file: {'; '.join(kept)} (the command line can change them)")
     config = Config.from_dict(values, origin)
+    config.check_together()
     if step > config.steps:
         raise UserError(f"{source} is at step {step}, past --steps {config.steps}")
     return config, notes + _of_schedule(saved, config, step)

@@ -103,6 +103,17 @@ def test_another_experiment_is_refused_wherever_it_is_named(resumed, tmp_path, w
         resumed("--resume auto " + ("--seed 1" if where == "command line" else "--config parent.py"))
 
 
+def test_options_are_checked_together_with_the_run_s_own(resumed, trainer):  # noqa: F811
+    """Not with the defaults: n_head is 6 there, and the optimizer is gluon."""
+    assert config_of(resumed("--resume auto --d-model 16 --steps 4")[0])["n_head"] == 2
+    compares = train(load_config(trainer.words("compares", "--optimizer muon_mvr --compare-with previous_batch --steps 2")))
+    resumed(f"--resume {compares} --compare-with previous_batch --steps 3", name="compared")
+    with pytest.raises(UserError, match=r"text = sotu needs vocab_size = 257 .* not 61"):
+        resumed("--resume auto --text sotu --data-dir text")
+    with pytest.raises(UserError, match="d_model = 16 must be a multiple of"):
+        resumed("--resume auto --d-model 16", name="new")
+
+
 def test_from_python_every_option_is_named(parent, resumed, capfd):
     values = config_of(parent) | {"results_dir": "runs", "resume": "auto", "steps": 6, "weight_decay": None}
     folder = train(Config(**values))
