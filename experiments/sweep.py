@@ -19,7 +19,7 @@ in updates: two-gradient methods spend twice the gradients.
 Two rows are controls. `double_average` is MVR-2 without its correction. `gluon_2b` is Gluon with twice the batch, another way
 to spend a second gradient. The rows `..._radii` keep a method's best setting and tune two knobs more, with 16 trials of their
 own: the embedding's radius (log-uniform over a factor of 16; only its ratio to the blocks' matters) and the weight decay
-(log-uniform from 0.1 to 10, or none).
+(log-uniform from 0.1 to 10, or none). They are not halved, because a small radius leads at first and loses later.
 """
 
 import argparse
@@ -215,7 +215,8 @@ def rungs_of(folders: Folders, name: str, method: Method, length: int) -> list[l
     """
     trials, rungs = trials_of(method), []
     going = list(range(TRIALS))
-    for steps, kept in zip((length // 4, length // 2, length), SURVIVORS, strict=True):
+    survivors = (TRIALS,) * len(SURVIVORS) if method.base else SURVIVORS
+    for steps, kept in zip((length // 4, length // 2, length), survivors, strict=True):
         going = going[:kept]
         jobs = {i: job_of(folders, name, method, i, trials[i], steps, length) for i in going}
         scores = {i: jobs[i].loss_at(jobs[i].read(), steps) for i in going}
