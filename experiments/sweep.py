@@ -19,7 +19,7 @@ in updates: two-gradient methods spend twice the gradients.
 Two rows are controls. `double_average` is MVR-2 without its correction. `gluon_2b` is Gluon with twice the batch, another way
 to spend a second gradient. The rows `..._radii` keep a method's best setting and tune two knobs more, with 16 trials of their
 own: the embedding's radius (log-uniform over a factor of 16; only its ratio to the blocks' matters) and the weight decay
-(log-uniform from 0.1 to 10, or none). They are not halved, because a small radius leads at first and loses later.
+(log-uniform from 0.1 to 10, or none).
 """
 
 import argparse
@@ -41,14 +41,13 @@ from experiments.comparison import CONFIG, Arm, Comparison, read_speed, study_pa
 from experiments.figures import LR, Folders
 from experiments.run_jobs import CONTINUES, ROOT, Job, plan_of, run_all
 from reading.runs import read_packed
-from training.config import Config, load_config
+from training.config import load_config
 from training.optimizers import accepted, optimizer_class
 
 TRIALS, SURVIVORS = 16, (16, 8, 4)  # survivors: trials of each rung
 TUNING_SEED = 1000
 TUNE_STEPS, EVALUATE_STEPS = 200, 600
 BATCH = 8
-RADIUS = Config.embed_radius
 DECAY = 0.3  # the last part of a run, in which --decay lets the lr fall to 0
 
 
@@ -174,7 +173,8 @@ def trials_of(method: Method, count: int = TRIALS) -> list[dict[str, float]]:
     """The settings of a method: the recipe, then a Latin hypercube with the same draws for every method."""
     generator = random.Random(TUNING_SEED)
     lrs, pasts, qs, gammas, radii, decays = (strata(generator, count - 1) for _ in range(6))
-    recipe = {"momentum": 0.9, "beta1": 0.9, "q": 0.5, "gamma": 0.1, "embed_radius": RADIUS, "weight_decay": 0.0}
+    radius = load_config([f"--config={ROOT / CONFIG}"]).embed_radius
+    recipe = {"momentum": 0.9, "beta1": 0.9, "q": 0.5, "gamma": 0.1, "embed_radius": radius, "weight_decay": 0.0}
     recipe |= method.recipe
     drawn = [
         {
@@ -183,7 +183,7 @@ def trials_of(method: Method, count: int = TRIALS) -> list[dict[str, float]]:
             "beta1": 1 - 0.05 * 19**v,
             "q": 0.2 + 0.75 * w,
             "gamma": 0.02 * 25**x,
-            "embed_radius": RADIUS * 16 ** (y - 0.5),
+            "embed_radius": radius * 16 ** (y - 0.5),
             "weight_decay": 0.1 * 100**z,
         }
         for u, v, w, x, y, z in zip(lrs, pasts, qs, gammas, radii, decays, strict=True)
@@ -215,8 +215,7 @@ def rungs_of(folders: Folders, name: str, method: Method, length: int) -> list[l
     """
     trials, rungs = trials_of(method), []
     going = list(range(TRIALS))
-    survivors = (TRIALS,) * len(SURVIVORS) if method.base else SURVIVORS
-    for steps, kept in zip((length // 4, length // 2, length), survivors, strict=True):
+    for steps, kept in zip((length // 4, length // 2, length), SURVIVORS, strict=True):
         going = going[:kept]
         jobs = {i: job_of(folders, name, method, i, trials[i], steps, length) for i in going}
         scores = {i: jobs[i].loss_at(jobs[i].read(), steps) for i in going}

@@ -47,10 +47,10 @@ def test_trials_are_the_recipe_and_a_latin_hypercube(name):
     method = sweep.METHODS[name]
     trials = sweep.trials_of(method)
     assert len(trials) == sweep.TRIALS and trials == sweep.trials_of(method)
-    assert trials[0] == {"embed_radius": 3000.0, "weight_decay": 0.0} if method.base else trials[0]["lr"] == method.recipe["lr"]
+    assert trials[0] == {"embed_radius": 100.0, "weight_decay": 0.0} if method.base else trials[0]["lr"] == method.recipe["lr"]
     assert all(trial.keys() == set(method.knobs) for trial in trials)
     for knob, low, high in (("lr", method.lr_from, 16 * method.lr_from), ("momentum", 0.05, 0.95), ("gamma", 0.02, 0.5),
-                            ("embed_radius", 750, 12000), ("weight_decay", 0.1, 10)):  # fmt: skip
+                            ("embed_radius", 25, 400), ("weight_decay", 0.1, 10)):  # fmt: skip
         values = [1 - t[knob] if knob == "momentum" else t[knob] for t in trials[1:] if knob in t]
         places = sorted(int(len(values) * math.log(v / low) / math.log(high / low) * 0.9999 + 1e-3) for v in values)
         assert places in ([], list(range(len(values)))), knob
@@ -110,10 +110,12 @@ def test_a_method_goes_on_from_the_best_setting_of_another(tmp_path):
         sweep.rungs_of(folders, "mvr2_radii", radii, 40)
     (tmp_path / "sweep").mkdir()
     (tmp_path / "sweep" / "best.json").write_text('{"mvr2": {"trial": {"lr": 0.001, "momentum": 0.7, "q": 0.6}}}')
-    job, _ = sweep.rungs_of(folders, "mvr2_radii", radii, 40)[0][1]
-    found = {name: job.options[name] for name in ("optimizer", "lr", "momentum", "q")}
-    assert found == {"optimizer": "mvr2", "lr": 0.001, "momentum": 0.7, "q": 0.6}
-    assert 750 <= job.options["embed_radius"] <= 12000 and 0.1 <= job.options["weight_decay"] <= 10
+    (start, _), (job, _), *_ = sweep.rungs_of(folders, "mvr2_radii", radii, 40)[0]
+    base = sweep.job_of(folders, "mvr2", sweep.METHODS["mvr2"], 7, {"lr": 0.001, "momentum": 0.7, "q": 0.6}, 10, 40)
+    first, before = start.load().to_dict(), base.load().to_dict()
+    differs = {name for name in first if first[name] != before[name]} - {"run_name", "results_dir"}
+    assert differs == {"weight_decay"} and not first["weight_decay"]  # the first trial is the best one of the base
+    assert 25 <= job.options["embed_radius"] <= 400 and 0.1 <= job.options["weight_decay"] <= 10
 
 
 def test_records_are_read_without_the_package(tmp_path):
