@@ -6,19 +6,23 @@ model of any size runs; what the host reads then is 0, False, or a list of ones.
 """
 
 import contextlib
+import os
 import traceback
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch._dynamo  # looks at what is patched below when it is imported
+import torch.distributed as dist
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
-from optim import polar
+from optim import exchange, polar
+from training import ranks
 
 LACKS = {"mps": {torch.float64, torch.complex128, torch.uint16}, "cuda": set[torch.dtype]()}
 ATEN = torch.ops.aten
@@ -40,7 +44,7 @@ class Pretended(TorchFunctionMode):
 
     def __init__(self, kind: str, values: bool = True) -> None:
         super().__init__()
-        self.device, self.waits = torch.device(kind, 0), list[str]()
+        self.device, self.waits = torch.device(kind, int(os.environ.get("LOCAL_RANK", "0"))), list[str]()
         self.values = values
 
     def wait(self, why: str) -> None:
@@ -233,3 +237,64 @@ class Event:
 
     def synchronize(self) -> None:
         self._device.wait("event")
+
+
+_HELD: list[object] = []  # for the life of a process
+
+
+def be_a_rank_with_a_gpu() -> None:
+    """In the process of a rank, for its life: it has a card of its own, and gloo plays nccl, which takes no host tensors.
+
+    DDP's C++ code can't have our tensors, so `Averaged` is in its place.
+    """
+    _HELD.append(block := pretended("cuda"))
+    block.__enter__()
+    start = dist.init_process_group
+
+    def init(backend: str, device_id: torch.device, **options: Any) -> None:
+        assert backend == "nccl" and device_id.index == int(os.environ["LOCAL_RANK"])
+        start("gloo", **options)
+
+    def playing_nccl(collective: Callable) -> Callable:
+        def call(*arguments: Any, group: Any = None, **options: Any) -> Any:
+            tensors: list[Tensor] = []
+            _each(tensors.append, arguments)
+            there = group is None or group is dist.group.WORLD
+            assert all(isinstance(t, OnDevice) == there for t in tensors), f"{collective.__name__} has the wrong device"
+            return collective(*_inner(arguments), group=group, **options)
+
+        return call
+
+    dist.init_process_group = init
+    dist.all_reduce, dist.all_gather = playing_nccl(dist.all_reduce), playing_nccl(dist.all_gather)
+    exchange._all_gather = playing_nccl(exchange._all_gather)
+    ranks.DistributedDataParallel = Averaged
+    torch.cuda.device_count = lambda: int(os.environ["LOCAL_WORLD_SIZE"])
+    torch.cuda.set_device = lambda _: None
+    torch.cuda.current_device = lambda: int(os.environ["LOCAL_RANK"])
+    torch.cuda.get_device_properties = lambda number: SimpleNamespace(uuid=number)
+
+
+class Averaged(torch.nn.Module):
+    """In place of DDP."""
+
+    def __init__(self, module: torch.nn.Module, **_: Any) -> None:
+        super().__init__()
+        self.module, self._last = module, True
+
+    def forward(self, *arguments: Any) -> Tensor:
+        loss = self.module(*arguments)
+        if self._last:
+            loss.register_hook(lambda _: torch.autograd.Variable._execution_engine.queue_callback(self._average))
+        return loss
+
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        self._last = False
+        yield
+        self._last = True
+
+    def _average(self) -> None:
+        """At the end of the backward pass."""
+        for p in self.module.parameters():
+            dist.all_reduce(p.grad.div_(dist.get_world_size()))

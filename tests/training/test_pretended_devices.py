@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 import train_gpt
 from common.errors import UserError
 from data.loader import BatchLoader
-from tests.helpers.pretended import Pretended, pretended
-from tests.helpers.train_runs import TINY, data  # noqa: F401
+from tests.helpers.pretended import Pretended, be_a_rank_with_a_gpu, pretended
+from tests.helpers.train_runs import TINY, data, trainer  # noqa: F401
 from training import numerics
 from training.config import Config, load_config
 from training.finite import FiniteGuard
@@ -74,6 +74,18 @@ def test_a_run_and_its_resume_are_those_of_the_cpu(here, optimizer, kind):
         for name, value in line.items():
             assert values.get((line["update"], name), value) == value
     assert found[-1] == losses[-1] and "val_loss" in found[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["mvr2 --embed-norm rownorm", "muon_mvr --compare-with previous_weights"])
+def test_two_ranks_with_a_card_each_are_two_on_the_cpu(trainer, optimizer):  # noqa: F811
+    """Gradients, losses, directions, flags, checkpoints: what travels between cards is on them, and the rest on the hosts."""
+    options, name = f"--dtype float32 --compile off --optimizer {optimizer}", optimizer.split()[0]
+    right = trainer.run(f"{name}-cpu", options, ranks=2).ok()
+    device = {"ranks": 2, "patch": be_a_rank_with_a_gpu}
+    trainer.run(f"{name}-cuda", f"{options} --device cuda --steps 4", **device).ok()
+    found = trainer.run(f"{name}-cuda", f"{options} --device cuda --resume auto", **device).ok()
+    found.same_as(right)
 
 
 def waits_of_steps(monkeypatch, device: Pretended) -> dict[int, list[str]]:
