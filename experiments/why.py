@@ -305,8 +305,8 @@ def _verdict(along: Mapping[tuple[str, float], Runs], near: Mapping[tuple[str, f
 
 
 def _number(found: Interval) -> str:
-    """A mean with three digits, and its interval."""
-    return f"{found.mean:.3g}" + (f" [{found.low:.3g}, {found.high:.3g}]" if found.n > 1 else "")
+    """A mean with three digits, and its interval. (That of two seeds is far too wide to say anything.)"""
+    return f"{found.mean:.3g}" + (f" [{found.low:.3g}, {found.high:.3g}]" if found.n > 2 else "")
 
 
 def _paragraph(text: str) -> str:
