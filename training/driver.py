@@ -33,6 +33,9 @@ class Manner:
     per_rank: bool = False
 
 
+_NUMBERS = (bool, int, float, Tensor, random.Random)
+
+
 class NotFiniteError(Exception):
     """Ends a pass whose loss or gradient is not finite. All ranks raise it."""
 
@@ -53,6 +56,7 @@ class Driver:
         self._params = [p for group in optimizer.param_groups for p in group["params"]]
         self._packer = Packer(dict(model.named_parameters()), type(optimizer), ranks.device)
         self._built = self._packer.pack([_options(group) for group in optimizer.param_groups], "param_groups")
+        self._numbers_built = self._numbers()
         self.has_modes = all(callable(getattr(optimizer, mode, None)) for mode in ("train", "eval"))
         self.trains = True  # and not: is validated
         self._began = False
@@ -102,7 +106,14 @@ class Driver:
     def save(self) -> dict[str, Any]:
         """What a resume needs besides the weights, as data on the host. Raises TypeError for what is not data."""
         state = self._packer.pack(self.optimizer.state_dict(), "")
-        return {"optimizer": state, "built": self._built, "random": self._packer.pack(random_state(self.ranks.device), "")}
+        numbers = {name: value for name, value in self._numbers().items() if not equal(value, self._numbers_built.get(name))}
+        drawn = self._packer.pack(random_state(self.ranks.device), "")
+        return {"optimizer": state, "built": self._built, "numbers": numbers, "random": drawn}
+
+    def _numbers(self) -> dict[str, Any]:
+        """What many classes leave out of `state_dict()`: numbers, and generators of numbers, that are attributes."""
+        found = {name: value for name, value in vars(self.optimizer).items() if type(value) in _NUMBERS}
+        return self._packer.pack(found, "")
 
     def load(self, saved: dict[str, Any], lr_was_scheduled: bool) -> None:
         """Take back what `save` gave.
@@ -127,6 +138,9 @@ class Driver:
             if lr_was_scheduled:
                 kept |= {"lr"} & now.keys()
             group.update({key: built[i][key] for key in kept})
+        now, then = self._numbers(), self._numbers_built | saved.get("numbers", {})
+        differing = {name: value for name, value in then.items() if not equal(value, now.get(name))}
+        vars(optimizer).update(unpack(differing, None))
         self._began = True
         set_random_state(unpack(saved["random"], None), self.ranks.device)
 

@@ -5,11 +5,10 @@ attributes. Other objects that the newly built optimizer has at the same place a
 """
 
 import io
+import random
 import sys
 from collections import deque
 from collections.abc import Iterator
-from contextlib import suppress
-from copy import deepcopy
 from enum import Enum
 from typing import Any
 
@@ -60,6 +59,8 @@ class Packer:
             return (_TAG, "array", torch.from_numpy(value.copy()))
         if isinstance(value, torch.Generator):
             return (_TAG, "generator", str(value.device), value.get_state())
+        if type(value) is random.Random:
+            return (_TAG, "random", self._pack(value.getstate(), place))
         if isinstance(value, dict):
             items = [(self._pack(k, place), self._pack(v, f"{place}.{_word(k)}".lstrip("."))) for k, v in value.items()]
             return (_TAG, "dict", items) if any(isinstance(key, tuple) for key, _ in items) else dict(items)
@@ -101,6 +102,10 @@ class Packer:
         if kind == "generator":
             generator = torch.Generator(self._device if rest[0] != "cpu" else "cpu")
             return generator.set_state(rest[1])
+        if kind == "random":
+            drawer = random.Random()
+            drawer.setstate(self._unpack(rest[0], None, made))
+            return drawer
         if kind == "dict":
             return {self._unpack(k, None, made): self._unpack(v, None, made) for k, v in rest[0]}
         if kind == "object":
@@ -172,12 +177,7 @@ def _copy(value: Tensor, device: torch.device) -> Tensor:
         parts = {name: _copy(getattr(value, name), device) for name in names}
         return type(value).__tensor_unflatten__(parts, rest, value.size(), value.stride())
     value = value.detach()
-    if value.device.type != device.type:
-        return value.to(device)
-    if type(value) is not Tensor:
-        with suppress(NotImplementedError, TypeError, RuntimeError):  # not every subclass has both ways
-            return deepcopy(value)
-    return value.clone()
+    return value.clone() if value.device.type == device.type else value.to(device)
 
 
 def _inside(built: Any, key: Any) -> Any:

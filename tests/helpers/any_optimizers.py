@@ -59,6 +59,26 @@ class Sam(Plain):
         super().step(lambda: None)
 
 
+class NeedsGradient(Plain):
+    """Fails without a gradient before the closure is called."""
+
+    def step(self, closure=None):
+        assert all(p.grad.isfinite().all() for group in self.param_groups for p in group["params"])
+        super().step(closure)
+
+
+class StopsAsking(Plain):
+    """Calls its closure in eleven steps, and then no more."""
+
+    def __init__(self, params: Any, lr: float = 0.05) -> None:
+        super().__init__(params, lr, steps=0)
+
+    def step(self, closure=None):
+        self.param_groups[0]["steps"] += 1
+        if self.param_groups[0]["steps"] < 12:
+            super().step(closure)
+
+
 class TwoGradients(Plain):
     """Calls the closure twice, and moves between. It has a momentum."""
 
@@ -91,7 +111,7 @@ class Averaged(Plain):
 
     @torch.no_grad()
     def _swap(self, training: bool) -> None:
-        assert self.state or training, "no eval() before the first step"
+        assert any(self.state.values()) or training, "no eval() before the first step"
         for group in self.param_groups:
             if group["training"] != training:
                 for p in group["params"]:
@@ -112,6 +132,19 @@ class Averaged(Plain):
         state.setdefault("other", torch.zeros_like(p)).lerp_(p, 1 / (group["seen"] + 1))
 
 
+class Scheme:
+    """Code that can't be saved."""
+
+    def __init__(self) -> None:
+        self.lock = __import__("threading").Lock()
+
+    def __deepcopy__(self, memo: dict) -> "Scheme":  # as torch's load_state_dict does
+        return self
+
+    def __call__(self, text: str) -> int:
+        return len(text)
+
+
 class Exotic(Plain):
     """State of many kinds: dtypes, small floats and integers, words, containers, numbers as keys, parameters as keys."""
 
@@ -119,7 +152,7 @@ class Exotic(Plain):
         super().__init__(params, lr, kept=torch.bfloat16, scale=torch.tensor(0.5), last=(1, {"a"}), shared={})
         for group in self.param_groups:
             group["norms"] = dict.fromkeys(group["params"], 0.0)
-            group["scheme"] = len  # code is not saved; the new optimizer has it
+            group["scheme"] = Scheme()  # code is not saved; the new optimizer has it
 
     def move(self, group, p, state):
         small = state.setdefault("small", torch.zeros_like(p, dtype=torch.bfloat16))
@@ -132,7 +165,8 @@ class Exotic(Plain):
         group["scale"].mul_(0.9)
         p.sub_(small * counts[0] + group["norms"][p] * 1e-3, alpha=float(group["lr"] * group["scale"]))
         assert group["scheme"]("ab") == 2 and group["last"] == (1, {"a"})
-        assert state.setdefault("word", ("ij", ["jk"])) == ("ij", ["jk"])
+        assert state.setdefault("word", ("ij", ["jk"])) == ("ij", ["jk"]) and state.setdefault("twice", small) is small
+        p.mul_(1 - 1e-3 * torch.rand((), generator=state.setdefault("draws", torch.Generator().manual_seed(3))))
 
 
 class Codes(Tensor):
@@ -232,12 +266,35 @@ class Draws(Plain):
         p.sub_(p.grad + 0.1 * torch.randn_like(p) * random.random(), alpha=group["lr"])
 
 
-class Hidden(Hooked):
-    """Counts its steps where `state_dict` does not look."""
+class Counts(Plain):
+    """Keeps numbers where `state_dict` does not look."""
 
     def __init__(self, params: Any, lr: float = 0.05) -> None:
-        Plain.__init__(self, params, lr)
-        self.steps = 0
+        super().__init__(params, lr)
+        self.steps, self.scale, self.random = 0, torch.ones(()), random.Random(1)
+
+    def step(self, closure=None):
+        self.steps += 1
+        self.scale.mul_(0.9)
+        super().step(closure)
+
+    def move(self, group, p, state):
+        p.sub_(p.grad, alpha=group["lr"] / self.steps * float(self.scale) * self.random.random())
+
+
+class Hidden(Plain):
+    """Counts its steps where nobody looks."""
+
+    def __init__(self, params: Any, lr: float = 0.05) -> None:
+        super().__init__(params, lr)
+        self.steps = [0]
+
+    def step(self, closure=None):
+        self.steps[0] += 1
+        super().step(closure)
+
+    def move(self, group, p, state):
+        p.sub_(p.grad, alpha=group["lr"] / self.steps[0])
 
 
 class HoldsCode(Plain):

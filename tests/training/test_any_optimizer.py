@@ -23,7 +23,7 @@ MODULE = "tests.helpers.any_optimizers"
 EXACT = {
     "Plain": 1, "NoClosure": 1, "IgnoresClosure": 1, "Sam": 2, "TwoGradients": 2, "Averaged": 1, "Exotic": 1, "LowBit": 1,
     "HasObjects": 1, "ChangesGroup": 1, "Hooked": 1, "Draws": 1, "StartsInfinite": 1, "MovesFirst": 1, "OneGroup": 1,
-    "NoLr": 1, "examples.sam:SAM": 2,
+    "NoLr": 1, "NeedsGradient": 2, "Counts": 1, "examples.sam:SAM": 2,
 }  # class: passes a step  # fmt: skip
 
 
@@ -88,6 +88,12 @@ def test_the_gradient_of_sam_is_that_of_a_plain_loop(trainer):  # noqa: F811
 @pytest.mark.slow
 def test_a_class_that_gathers_gradients_first_is_given_time(trainer):  # noqa: F811
     assert trainer.run("patient", words("Patient", steps=3)).ok().weights
+
+
+@pytest.mark.slow
+def test_a_step_that_takes_no_gradient_ends_the_run(trainer):  # noqa: F811
+    done = trainer.run("stops-asking", words("StopsAsking", steps=14, checkpoint_every=11))
+    assert "StopsAsking: its step took no gradient of the batch" in done.refusal() and done.metrics[-1]["update"] >= 10
 
 
 REFUSED = {
