@@ -39,6 +39,9 @@ def calibrate(batch: int, arms: tuple[Arm, ...], repeats: int) -> dict[str, Any]
         times.append(time.process_time() - start)
     made = [parameter.grad.clone() for parameter in model.parameters()]
     made_with = {arm.key: build(config_of(arm, 1)) for arm in arms}
+    for _, optimizer in made_with.values():
+        if hasattr(optimizer, "train"):  # the mode of a schedule-free optimizer
+            optimizer.train()
     steps: dict[str, list[float]] = {arm.key: [] for arm in arms}
     inside = 0.0
 
@@ -70,7 +73,7 @@ def main(argv: list[str]) -> None:
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     arms: dict[int, dict[str, Arm]] = {}
-    comparisons = [plan(number, "mini", 1, None, Folders(), {}) for number in FIGURES]
+    comparisons = [plan(number, scale, 1, None, Folders(), {}) for scale in ("mini", "matched") for number in FIGURES]
     for comparison in [*comparisons, *evaluation(Folders())]:
         for arm in comparison.arms:
             arms.setdefault(comparison.baseline.options["batch_size"], {})[arm.key] = arm
