@@ -211,9 +211,9 @@ def pretended(kind: str, values: bool = True) -> Iterator[Pretended]:
             patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
             patch.setattr(torch.cuda, "Event", lambda: Event(device))
             patch.setattr(torch.cuda.nccl, "version", lambda: (2, 0, 0))
-            for name in ("autocast", "is_autocast_enabled", "get_autocast_dtype"):  # C++ takes our tensors for ones on the CPU
-                ask = getattr(torch, name)
-                patch.setattr(torch, name, lambda _, *rest, ask=ask, **options: ask("cpu", *rest, **options))
+        for name in ("autocast", "is_autocast_enabled", "get_autocast_dtype"):  # C++ takes our tensors for ones on the CPU
+            ask = getattr(torch, name)
+            patch.setattr(torch, name, lambda _, *rest, ask=ask, **options: ask("cpu", *rest, **options))
         # `module.to` then exchanges whole tensors, and not only what they hold, which would leave them of their old class.
         before = torch.__future__.get_swap_module_params_on_conversion()
         torch.__future__.set_swap_module_params_on_conversion(True)
