@@ -219,6 +219,15 @@ def test_a_constant_schedule_leaves_the_lr_alone():
 
 
 @pytest.mark.slow
+def test_a_resume_without_a_schedule_forgets_the_lr_of_the_schedule(trainer):  # noqa: F811
+    options = {"schedule": "linear", "warmdown_steps": 6}
+    start = f"--resume {trainer.run('falls', words('Plain', **options)).ok().folder}/checkpoints/step_0000003"
+    constant = trainer.run("constant", f"{words('Plain', schedule='constant')} {start}").ok()
+    flat = trainer.run("flat", f"{words('Plain', **options | {'warmdown_steps': 0})} {start}").ok()
+    assert all((value == flat.weights[key]).all() for key, value in constant.weights.items())
+
+
+@pytest.mark.slow
 def test_a_resume_keeps_what_the_class_changed_and_takes_what_the_user_did(trainer):  # noqa: F811
     whole = trainer.run("changes", words("ChangesGroup")).ok()
     start = f"--resume {whole.folder}/checkpoints/step_0000003"
