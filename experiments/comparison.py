@@ -4,7 +4,7 @@ import json
 import math
 import statistics
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -231,10 +231,16 @@ def _wrapped(text: str, first: str = "", rest: str = "") -> str:
     )
 
 
-def write(comparison: Comparison, speed: Mapping[str, Any] | None, out: Path, notes: list[str]) -> str:
-    """The numbers, the picture and the page of a comparison: `out` with .json, .png and .md. Returns the page."""
+def write(
+    comparison: Comparison, speed: Mapping[str, Any] | None, out: Path, notes: list[str], shown: Collection[str] | None = None
+) -> str:
+    """The numbers, the picture and the page of a comparison: `out` with .json, .png and .md. Returns the page.
+
+    `shown`: the arms in the picture, by key; None: all.
+    """
     out.parent.mkdir(parents=True, exist_ok=True)
-    draw(comparison, speed, out.with_suffix(".png"))
+    arms = tuple(arm for arm in comparison.arms if shown is None or arm.key in shown)
+    draw(replace(comparison, arms=arms), speed, out.with_suffix(".png"))
     page = body(comparison, speed, f"{out.name}.png", notes)
     write_text(out.with_suffix(".md"), f"# {comparison.title}\n\n{page}\n")
     write_text(out.with_suffix(".json"), json.dumps(jsonable(compare(comparison, speed)), indent=1, ensure_ascii=False) + "\n")

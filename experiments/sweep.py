@@ -94,6 +94,11 @@ METHODS = {
     "mvr1_gamma_radii": _radii("mvr1_gamma", "MVR-1 with γ < 1"),
     "mvr2_radii": _radii("mvr2", "MVR-2"),
 }
+# The methods in the picture and in README.md: those of the papers, and what they must be compared with.
+SHORT = (
+    "gluon", "mvr1", "mvr1_gamma", "mvr2", "mvr3", "adamw", "muon_adamw", "gluon_2b", "experiments.contestants.Transported",
+    "pytorch_optimizer.SOAP",
+)  # fmt: skip
 OWN_KNOBS = ("lr", "momentum", "q", "gamma", "beta1")  # of package.module:Class
 
 
@@ -401,7 +406,8 @@ def _evaluate(folders: Folders, methods: Mapping[str, Method], arguments: argpar
     if not comparison.curves(comparison.baseline):
         raise UserError("no run of Gluon is done yet; add gluon to --methods")
     speed = read_speed(folders.results / "figures" / "calibration.json", BATCH, comparison.arms)
-    print(write(comparison, speed, folders.results / comparison.records.relative_to(folders.results), []))
+    out = folders.results / comparison.records.relative_to(folders.results)
+    print(write(comparison, speed, out, [], SHORT if len(comparison.arms) > len(SHORT) else None))
     print("python -m experiments.leaderboard puts it into results/README.md")
 
 
