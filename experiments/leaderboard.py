@@ -1,4 +1,4 @@
-"""Write tables from the packed records: results/README.md's leaderboard and figures at mini scale, and README.md's answer.
+"""Write tables from the packed records: results/README.md's leaderboard and figures, and README.md's answer.
 
 python -m experiments.leaderboard            rewrite the text between the pages' markers
 python -m experiments.leaderboard --check    list the sections that differ from the records; exit code 2 if there is one
