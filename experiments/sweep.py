@@ -94,7 +94,8 @@ METHODS = {
     "mvr1_gamma_radii": _radii("mvr1_gamma", "MVR-1 with γ < 1"),
     "mvr2_radii": _radii("mvr2", "MVR-2"),
 }
-# The methods in the picture and in README.md: those of the papers, and what they must be compared with.
+# The methods in README.md: those of the papers, and what they must be compared with. The picture shows these, and those that
+# --methods names.
 SHORT = (
     "gluon", "mvr1", "mvr1_gamma", "mvr2", "mvr3", "adamw", "muon_adamw", "gluon_2b", "experiments.contestants.Transported",
     "pytorch_optimizer.SOAP",
@@ -407,7 +408,7 @@ def _evaluate(folders: Folders, methods: Mapping[str, Method], arguments: argpar
         raise UserError("no run of Gluon is done yet; add gluon to --methods")
     speed = read_speed(folders.results / "figures" / "calibration.json", BATCH, comparison.arms)
     out = folders.results / comparison.records.relative_to(folders.results)
-    print(write(comparison, speed, out, [], SHORT if len(comparison.arms) > len(SHORT) else None))
+    print(write(comparison, speed, out, [], {*SHORT, *(methods if arguments.methods else ())}))
     print("python -m experiments.leaderboard puts it into results/README.md")
 
 
