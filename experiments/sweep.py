@@ -316,7 +316,7 @@ def evaluation(folders: Folders, seeds: int = 5, steps: int = EVALUATE_STEPS, de
         if name in trials
     )
     lengths = {arm.key: 2 * steps if arm.key == "gluon" and not decay else steps for arm in arms}
-    title = "Every method at its best setting" + (", with a linear decay" if decay else "")
+    title = "Every method at its best setting"
     place = Path("sweep") / ("decayed" if decay else "evaluation")
     return [Comparison(title, arms, tuple(range(seeds)), lengths, folders.runs / place, folders.results / place)]
 
@@ -406,9 +406,10 @@ def _evaluate(folders: Folders, methods: Mapping[str, Method], arguments: argpar
     run_all(jobs, arguments.jobs)
     if not comparison.curves(comparison.baseline):
         raise UserError("no run of Gluon is done yet; add gluon to --methods")
-    speed = read_speed(folders.results / "figures" / "calibration.json", BATCH, comparison.arms)
-    out = folders.results / comparison.records.relative_to(folders.results)
-    print(write(comparison, speed, out, [], {*SHORT, *(methods if arguments.methods else ())}))
+    if not arguments.decay:  # with a decay only the ends can be compared; the leaderboard has them
+        speed = read_speed(folders.results / "figures" / "calibration.json", BATCH, comparison.arms)
+        shown = {*SHORT, *(methods if arguments.methods else ())}
+        print(write(comparison, speed, folders.results / "sweep" / "evaluation", [], shown))
     print("python -m experiments.leaderboard puts it into results/README.md")
 
 

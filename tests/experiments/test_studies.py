@@ -343,7 +343,13 @@ def test_the_sweep_to_its_leaderboard(tmp_path, monkeypatch, capsys):
     sweep.main([*words, "--evaluate"])
     assert len(started) == tuned + 3 * 5
     assert (results / "sweep" / "evaluation.png").stat().st_size > 10_000
+    sweep.main([*words, "--evaluate", "--decay", "--seeds", "2"])
+    decayed = [job.options for job in started[tuned + 3 * 5 :]]
+    assert len(decayed) == 3 * 2 and {(o["schedule"], o["warmdown_steps"], o["steps"]) for o in decayed} == {
+        ("linear", 180, 600)
+    }
     text = leaderboard.leaderboard(leaderboard.evaluated(figures.Folders(tmp_path / "runs", results))).splitlines()
+    assert "| -0.100 [-0.100, -0.100] **better** | `python" in text[2]  # with the decay too
     assert text[2].startswith("| MVR-2 |") and {line.split(" | ")[0] for line in text[3:]} == {"| Gluon", "| Muon"}
     assert "`python -m experiments.sweep --evaluate --methods torch.optim:Muon`" in "".join(text)
     assert "| 600 | 1,199 | 600 | > 1,200 | -0.100 [-0.100, -0.100] **better** |" in text[2]
