@@ -21,7 +21,7 @@ from common.errors import Parser, UserError, one_line_errors, positive
 from common.files import write_text
 from common.machine import cpu_name
 from experiments.comparison import RESULTS, Arm
-from experiments.figures import FIGURES, Folders, config_of, plan
+from experiments.figures import FIGURES, SMALL, Folders, config_of, plan
 from experiments.setup import build
 from experiments.sweep import evaluation
 
@@ -73,7 +73,7 @@ def main(argv: list[str]) -> None:
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     arms: dict[int, dict[str, Arm]] = {}
-    comparisons = [plan(number, scale, 1, None, Folders(), {}) for scale in ("mini", "matched") for number in FIGURES]
+    comparisons = [plan(number, scale, 1, None, Folders(), {}) for scale in SMALL for number in FIGURES]
     for comparison in [*comparisons, *evaluation(Folders())]:
         for arm in comparison.arms:
             arms.setdefault(comparison.baseline.options["batch_size"], {})[arm.key] = arm

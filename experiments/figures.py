@@ -78,7 +78,8 @@ class Figure:
     baseline_steps: int = 2000
 
 
-SCALES = ("full", "mini", "matched")
+SMALL = ("mini", "matched")  # the scales of the small model
+SCALES = ("full", *SMALL)
 MATCHED_STEPS = 1000
 B512, B128 = {"mini": 8, "matched": 64, "full": 512}, {"mini": 2, "matched": 16, "full": 128}
 FIGURES = {

@@ -14,11 +14,10 @@ from common.errors import Parser, UserError, one_line_errors
 from common.tables import markdown
 from experiments import figures, sweep
 from experiments.comparison import RESULTS, RUNS, compare, read_speed, replace_section, section
-from experiments.figures import FIGURES, Folders
+from experiments.figures import FIGURES, SMALL, Folders
 from experiments.intervals import BUDGETS, Interval, difference, mean_curve
 
 NOT_RUN = "Not run yet: `{}`."
-SMALL = ("mini", "matched")
 COMMAND = "python -m experiments.sweep --evaluate"
 
 
