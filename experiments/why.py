@@ -173,7 +173,7 @@ length of their difference over that of the first; both are means over updates 6
 Gluon here, bit for bit.
 """
 IDENTITY = "In float64, on 64 sequences, the losses of MVR-1 with γ = 1 and of Gluon without momentum"
-ROUNDING = "In float32 rounding parts them, as it parts any two runs whose weights bounce."
+ROUNDING = "In float32, rounding drives them apart, as it does any two runs whose weights bounce."
 
 NEAR_TEXT = """\
 64 sequences a step. The loss is that of the validation text after 300 updates. Transported Scion
