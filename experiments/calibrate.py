@@ -23,7 +23,7 @@ from common.machine import cpu_name
 from experiments.comparison import RESULTS, Arm
 from experiments.figures import FIGURES, SMALL, Folders, config_of, plan
 from experiments.setup import build
-from experiments.sweep import evaluation
+from experiments.sweep import Place, evaluation
 
 
 def calibrate(batch: int, arms: tuple[Arm, ...], repeats: int) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def main(argv: list[str]) -> None:
     torch.set_num_threads(1)
     arms: dict[int, dict[str, Arm]] = {}
     comparisons = [plan(number, scale, 1, None, Folders(), {}) for scale in SMALL for number in FIGURES]
-    for comparison in [*comparisons, *evaluation(Folders())]:
+    for comparison in [*comparisons, *evaluation(Place())]:
         for arm in comparison.arms:
             arms.setdefault(comparison.baseline.options["batch_size"], {})[arm.key] = arm
     batches = {str(batch): calibrate(batch, tuple(some.values()), arguments.repeats) for batch, some in arms.items()}

@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CONTINUES = "stopped; the same command continues"
 
 # Options that may change without making it another run.
-_FREE = {"steps", "val_every", "log_every", "checkpoint_every", "keep_checkpoints", "data_dir", "device"}
+_FREE = {"steps", "val_every", "log_every", "checkpoint_every", "keep_checkpoints", "data_dir", "device", "compile"}
 _ENVIRONMENT = ("time", "platform", "device", "cores", "threads", "python", "torch", "cuda", "revision")  # what is packed
 
 

@@ -7,6 +7,8 @@
     python -m experiments.sweep --methods torch.optim:Muon --lr 5e-3     any torch.optim.Optimizer (docs/compare.md)
     python -m experiments.sweep --plan                   print what would run next
 
+    python -m experiments.sweep --batch-size 64          another sweep, at this batch, with records of its own
+
 The model is the byte model of configs/mini_gluon.py with 8 sequences a step and a constant lr. Every method has 16
 trials on one seed that no evaluation uses: the recipe (lr 2.5e-4, β 0.9, q 0.5, γ 0.1; AdamW and Muon have lrs of their own)
 and 15 from a Latin hypercube, with the same draws for all methods. The lr is log-uniform over a factor of 16, 1-β log-uniform
@@ -52,8 +54,26 @@ DECAY = 0.3  # the last part of a run, in which --decay lets the lr fall to 0
 
 
 @dataclass(frozen=True)
+class Place(Folders):
+    """The folders of a sweep with `batch` sequences a step."""
+
+    batch: int = BATCH
+
+    @property
+    def name(self) -> str:
+        return "sweep" if self.batch == BATCH else f"sweep_b{self.batch}"
+
+    @property
+    def records(self) -> Path:
+        return self.results / self.name
+
+
+@dataclass(frozen=True)
 class Method:
-    """A method's fixed options, its knobs, its recipe, the low end of its lr range, and the method that it goes on from."""
+    """A method's fixed options, its knobs, its recipe, the low end of its lr range, and the method that it goes on from.
+
+    `batches`: its batch, in those of the other methods.
+    """
 
     title: str
     options: dict[str, Any]
@@ -61,6 +81,11 @@ class Method:
     recipe: dict[str, float] = field(default_factory=lambda: {"lr": LR})
     lr_from: float = 1.25e-4
     base: str = ""
+    batches: int = 1
+
+    def common(self, folders: Place) -> dict[str, Any]:
+        """The options of all its runs."""
+        return {"batch_size": self.batches * folders.batch, **_base_of(folders, self), **self.options}
 
 
 def _radii(base: str, title: str) -> Method:
@@ -89,7 +114,7 @@ METHODS = {
     "double_average": Method(
         "MVR-2 without its correction", {"optimizer": "experiments.controls:DoubleAverage"}, ("lr", "momentum", "q")
     ),
-    "gluon_2b": Method("Gluon, twice the batch", {"optimizer": "gluon", "batch_size": 2 * BATCH}),
+    "gluon_2b": Method("Gluon, twice the batch", {"optimizer": "gluon"}, batches=2),
     "gluon_radii": _radii("gluon", "Gluon"),
     "mvr1_gamma_radii": _radii("mvr1_gamma", "MVR-1 with γ < 1"),
     "mvr2_radii": _radii("mvr2", "MVR-2"),
@@ -135,13 +160,13 @@ def key_of(name: str) -> str:
     return name.replace(":", ".")
 
 
-def methods_of(folders: Folders) -> dict[str, Method]:
+def methods_of(folders: Place) -> dict[str, Method]:
     """METHODS, and the classes that were tuned before, rebuilt from the record of their first trial; by folder.
 
     The packages of those classes need not be installed.
     """
     found = dict(METHODS)
-    for path in sorted((folders.results / "sweep").glob("*.jsonl")):
+    for path in sorted(folders.records.glob("*.jsonl")):
         recipe = read_packed(path).get("trial00") if path.stem not in METHODS else None
         with as_written(path, "restore it, or remove it to tune again"):
             if recipe and ":" in (name := recipe.config["optimizer"]):
@@ -152,7 +177,7 @@ def methods_of(folders: Folders) -> dict[str, Method]:
     return found
 
 
-def _base_of(folders: Folders, method: Method) -> dict[str, Any]:
+def _base_of(folders: Place, method: Method) -> dict[str, Any]:
     """The options and the best setting of the method that another goes on from. Raises UserError if it is not tuned yet."""
     if not method.base:
         return {}
@@ -162,9 +187,9 @@ def _base_of(folders: Folders, method: Method) -> dict[str, Any]:
     return {**METHODS[method.base].options, **best[method.base]}
 
 
-def best_of(folders: Folders) -> dict[str, dict[str, float]]:
+def best_of(folders: Place) -> dict[str, dict[str, float]]:
     """The best setting of every method that is tuned."""
-    path = folders.results / "sweep" / "best.json"
+    path = folders.records / "best.json"
     if not path.exists():
         return {}
     with as_written(path, "remove it; python -m experiments.sweep makes it again from the records"):
@@ -204,17 +229,17 @@ def strata(generator: random.Random, count: int) -> list[float]:
     return values
 
 
-def job_of(folders: Folders, name: str, method: Method, number: int, trial: dict[str, float], steps: int, length: int) -> Job:
+def job_of(folders: Place, name: str, method: Method, number: int, trial: dict[str, float], steps: int, length: int) -> Job:
     """A trial's run. `length` is the tuning length; the run is validated at each rung."""
     options = {
-        "batch_size": BATCH, **_base_of(folders, method), **method.options, **trial, "steps": steps, "seed": TUNING_SEED,
+        **method.common(folders), **trial, "steps": steps, "seed": TUNING_SEED,
         "val_every": length // 4, "log_every": length // 4, "checkpoint_every": 0, "keep_checkpoints": 1,
     }  # fmt: skip
-    folder = folders.runs / "sweep" / name / f"trial{number:02}"
-    return Job(folder, folders.results / "sweep" / f"{name}.jsonl", CONFIG, options)
+    folder = folders.runs / folders.name / name / f"trial{number:02}"
+    return Job(folder, folders.records / f"{name}.jsonl", CONFIG, options)
 
 
-def rungs_of(folders: Folders, name: str, method: Method, length: int) -> list[list[tuple[Job, float]]]:
+def rungs_of(folders: Place, name: str, method: Method, length: int) -> list[list[tuple[Job, float]]]:
     """The jobs and scores of each rung known so far, and of the trials beyond an edge as the last one.
 
     A rung is known once all scores of the one before are.
@@ -264,7 +289,7 @@ def _further(trial: dict[str, float], knob: str, up: bool) -> dict[str, float]:
     return trial | {knob: float(f"{value:.3g}")}
 
 
-def report(folders: Folders, methods: Mapping[str, Method], length: int) -> None:
+def report(folders: Place, methods: Mapping[str, Method], length: int) -> None:
     """Write best.json (every method's best trial) and table.md (all trials) from the finished runs."""
     best, rows = {}, [["method", "trial", "setting", f"at {length // 4}", f"at {length // 2}", f"at {length}"]]
     for name, method in methods.items():
@@ -282,12 +307,11 @@ def report(folders: Folders, methods: Mapping[str, Method], length: int) -> None
             setting = Arm("", "", {knob: job.options[knob] for knob in method.knobs}).setting
             cells = [_shown(found.get(job.folder.name)) for found in scores]
             rows.append([method.title, job.folder.name.removeprefix("trial"), setting, *cells])
-    folder = folders.results / "sweep"
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "best.json", json.dumps(jsonable(best), indent=1) + "\n")
+    folders.records.mkdir(parents=True, exist_ok=True)
+    write_text(folders.records / "best.json", json.dumps(jsonable(best), indent=1) + "\n")
     head = f"`python -m experiments.sweep`, tuning seed {TUNING_SEED}. Validation loss at the updates of each rung."
     tail = f"Trials from {TRIALS} on lie beyond the range, where its edge was the best."
-    write_text(folder / "table.md", f"# The sweep\n\n{head}\n{tail}\n\n{markdown(rows)}")
+    write_text(folders.records / "table.md", f"# The sweep\n\n{head}\n{tail}\n\n{markdown(rows)}")
 
 
 def _shown(score: float | None) -> str:
@@ -299,7 +323,7 @@ def _shown(score: float | None) -> str:
 # Evaluation -----------------------------------------------------------------------------------------------------------
 
 
-def evaluation(folders: Folders, seeds: int = 5, steps: int = EVALUATE_STEPS, decay: bool = False) -> list[Comparison]:
+def evaluation(folders: Place, seeds: int = 5, steps: int = EVALUATE_STEPS, decay: bool = False) -> list[Comparison]:
     """One comparison of the best settings over seeds, Gluon first; no comparison if Gluon is not tuned yet.
 
     `decay`: the lr falls linearly to 0 over the last part. Until then a run is that of the constant lr, bit for bit.
@@ -308,17 +332,17 @@ def evaluation(folders: Folders, seeds: int = 5, steps: int = EVALUATE_STEPS, de
     if "gluon" not in trials:
         return []
     every = min(50, max(1, steps // 4))
-    common = {"batch_size": BATCH, "val_every": every, "log_every": every, "checkpoint_every": 500, "keep_checkpoints": 1}
+    common = {"val_every": every, "log_every": every, "checkpoint_every": 500, "keep_checkpoints": 1}
     common |= {"schedule": "linear", "warmdown_steps": round(DECAY * steps)} if decay else {}
     arms = tuple(
-        Arm(name, method.title, {**common, **_base_of(folders, method), **method.options, **trials[name]}, CONFIG)
+        Arm(name, method.title, {**common, **method.common(folders), **trials[name]}, CONFIG)
         for name, method in methods_of(folders).items()
         if name in trials
     )
     lengths = {arm.key: 2 * steps if arm.key == "gluon" and not decay else steps for arm in arms}
     title = "Every method at its best setting"
-    place = Path("sweep") / ("decayed" if decay else "evaluation")
-    return [Comparison(title, arms, tuple(range(seeds)), lengths, folders.runs / place, folders.results / place)]
+    part = "decayed" if decay else "evaluation"
+    return [Comparison(title, arms, tuple(range(seeds)), lengths, folders.runs / folders.name / part, folders.records / part)]
 
 
 def main(argv: list[str]) -> None:
@@ -329,6 +353,7 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--lr", type=float, help="package.module:Class: centre of its lr range (the constructor's default)")
     parser.add_argument("--optimizer-options", metavar="JSON", help="package.module:Class: more options of its constructor")
+    parser.add_argument("--batch-size", type=positive, default=BATCH, help=f"sequences a step [{BATCH}]")
     parser.add_argument("--evaluate", action="store_true", help="run the best settings over seeds instead of tuning")
     parser.add_argument("--decay", action="store_true", help="with --evaluate: the lr falls to 0 over the last 30%%")
     parser.add_argument("--seeds", type=positive, default=5, help="number of seeds of the evaluation [5]")
@@ -337,7 +362,7 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--plan", action="store_true", help="print the runs known so far and stop")
     arguments = parser.parse_args(argv)
-    folders = Folders(arguments.runs, arguments.results)
+    folders = Place(arguments.runs, arguments.results, arguments.batch_size)
     methods = _chosen(folders, arguments)
     if arguments.evaluate:
         _evaluate(folders, methods, arguments)
@@ -357,7 +382,7 @@ def main(argv: list[str]) -> None:
                 report(folders, {name: m for name, m in known.items() if name in of_stage or _begun(folders, name)}, length)
 
 
-def _tune(folders: Folders, methods: Mapping[str, Method], length: int, arguments: argparse.Namespace) -> None:
+def _tune(folders: Place, methods: Mapping[str, Method], length: int, arguments: argparse.Namespace) -> None:
     """Run what is not known yet, rung by rung, and then the trials beyond an edge."""
     unknown = True
     while unknown:
@@ -371,7 +396,7 @@ def _tune(folders: Folders, methods: Mapping[str, Method], length: int, argument
         unknown = any(math.isnan(score) for _, score in trials)
 
 
-def _chosen(folders: Folders, arguments: argparse.Namespace) -> dict[str, Method]:
+def _chosen(folders: Place, arguments: argparse.Namespace) -> dict[str, Method]:
     """The methods of a command line, by folder. A class that was tuned before keeps its lr and options if none are given."""
     known, given = methods_of(folders), (arguments.lr, arguments.optimizer_options) != (None, None)
     names = arguments.methods or list(known)
@@ -388,11 +413,11 @@ def _chosen(folders: Folders, arguments: argparse.Namespace) -> dict[str, Method
     return chosen
 
 
-def _begun(folders: Folders, name: str) -> bool:
-    return (folders.results / "sweep" / f"{name}.jsonl").exists()
+def _begun(folders: Place, name: str) -> bool:
+    return (folders.records / f"{name}.jsonl").exists()
 
 
-def _evaluate(folders: Folders, methods: Mapping[str, Method], arguments: argparse.Namespace) -> None:
+def _evaluate(folders: Place, methods: Mapping[str, Method], arguments: argparse.Namespace) -> None:
     comparisons = evaluation(folders, arguments.seeds, arguments.steps or EVALUATE_STEPS, arguments.decay)
     if not comparisons:
         raise UserError("Gluon is not tuned yet; run python -m experiments.sweep first")
@@ -407,9 +432,9 @@ def _evaluate(folders: Folders, methods: Mapping[str, Method], arguments: argpar
     if not comparison.curves(comparison.baseline):
         raise UserError("no run of Gluon is done yet; add gluon to --methods")
     if not arguments.decay:  # with a decay only the ends can be compared; the leaderboard has them
-        speed = read_speed(folders.results / "figures" / "calibration.json", BATCH, comparison.arms)
+        speed = read_speed(folders.results / "figures" / "calibration.json", folders.batch, comparison.arms)
         shown = {*SHORT, *(methods if arguments.methods else ())}
-        print(write(comparison, speed, folders.results / "sweep" / "evaluation", [], shown))
+        print(write(comparison, speed, folders.records / "evaluation", [], shown))
     print("python -m experiments.leaderboard puts it into results/README.md")
 
 

@@ -32,7 +32,7 @@ def test_states_of_a_run_and_its_record(tmp_path):
     lines = [json.dumps(point) for point in run_of({0: 1.0, 2: 3.0, 4: 0.5}).metrics]
     metrics = job.folder / "metrics.jsonl"
     metrics.write_text("\n".join(lines[:2]) + "\n" + lines[2][:20])
-    (job.folder / "config.json").write_text('{"lr": 0.1}')
+    (job.folder / "config.json").write_text('{"lr": 0.1, "compile": "auto"}')
     assert job.state(job.read()) == "begun"
     pack([job])
     assert not job.packed.exists()
@@ -43,6 +43,7 @@ def test_states_of_a_run_and_its_record(tmp_path):
     assert job.state(job.read()) == "done" and job.changed(job.read()) == ""
     assert [point["val_loss"] for point in read_packed(job.packed)["seed0"].curve()] == [1.0, 3.0, 0.5]
     assert "lr = 0.1, not 0.2" in Job(job.folder, job.packed, "c.py", {"steps": 4, "lr": 0.2}).changed(job.read())
+    assert not Job(job.folder, job.packed, "c.py", {"steps": 4, "lr": 0.1, "compile": "on"}).changed(job.read())
     assert Job(job.folder, job.packed, "c.py", {"steps": 6}).state(job.read()) == "begun"
     metrics.write_text("\n".join(lines[:2]) + "\n")
     (job.folder / "diverged.txt").write_text("loss is nan\n")

@@ -65,13 +65,13 @@ def test_halving(tmp_path, monkeypatch):
     """Each rung keeps the better half. The loss is the distance of β from 0.5, plus a term that falls with the updates."""
     monkeypatch.setattr(Job, "loss_at", lambda job, run, steps: abs(job.options["momentum"] - 0.5) + 1 / steps)
     gluon = sweep.METHODS["gluon"]
-    rungs = sweep.rungs_of(figures.Folders(tmp_path, tmp_path), "gluon", gluon, 40)
+    rungs = sweep.rungs_of(sweep.Place(tmp_path, tmp_path), "gluon", gluon, 40)
     assert [len(rung) for rung in rungs] == [16, 8, 4, 0]
     assert [{job.options["steps"] for job, _ in rung} for rung in rungs] == [{10}, {20}, {40}, set()]
     betas = sorted((t["momentum"] for t in sweep.trials_of(gluon)), key=lambda beta: abs(beta - 0.5))
     assert [job.options["momentum"] for job, _ in rungs[2]] == betas[:4]
     monkeypatch.setattr(Job, "loss_at", lambda job, run, steps: math.nan if steps == 20 else 1.0)
-    assert len(sweep.rungs_of(figures.Folders(tmp_path, tmp_path), "gluon", gluon, 40)) == 2
+    assert len(sweep.rungs_of(sweep.Place(tmp_path, tmp_path), "gluon", gluon, 40)) == 2
 
 
 @pytest.mark.parametrize("knob, best", [("lr", 0.02), ("lr", 1e-5), ("q", 0.97), ("momentum", 0.99)])
@@ -88,7 +88,7 @@ def test_the_range_grows_until_its_edge_is_not_the_best(tmp_path, monkeypatch, k
         return math.nan if number >= known else abs(place(job.options[knob]) - place(best))
 
     monkeypatch.setattr(Job, "loss_at", score)
-    folders, mvr2 = figures.Folders(tmp_path, tmp_path), sweep.METHODS["mvr2"]
+    folders, mvr2 = sweep.Place(tmp_path, tmp_path), sweep.METHODS["mvr2"]
     beyond = sweep.rungs_of(folders, "mvr2", mvr2, 40)[-1]
     values = [job.options[knob] for job, _ in beyond]
     assert {job.options["steps"] for job, _ in beyond} == {40} and beyond[0][0].folder.name == "trial16"
@@ -105,7 +105,7 @@ def test_the_range_grows_until_its_edge_is_not_the_best(tmp_path, monkeypatch, k
 
 
 def test_a_method_goes_on_from_the_best_setting_of_another(tmp_path):
-    folders, radii = figures.Folders(tmp_path, tmp_path), sweep.METHODS["mvr2_radii"]
+    folders, radii = sweep.Place(tmp_path, tmp_path), sweep.METHODS["mvr2_radii"]
     with pytest.raises(UserError, match="mvr2 must be tuned first"):
         sweep.rungs_of(folders, "mvr2_radii", radii, 40)
     (tmp_path / "sweep").mkdir()
@@ -127,7 +127,7 @@ def test_records_are_read_without_the_package(tmp_path):
     (tmp_path / "sweep").mkdir()
     run = Run("trial00", tmp_path, config, environment, metrics)
     write_packed(tmp_path / "sweep" / "no_such_package.Best.jsonl", [run])
-    method = sweep.methods_of(figures.Folders(tmp_path, tmp_path))["no_such_package.Best"]
+    method = sweep.methods_of(sweep.Place(tmp_path, tmp_path))["no_such_package.Best"]
     assert (method.title, method.knobs) == ("Best (no_such_package 1.2), alpha 2", ("lr", "momentum"))
     assert method.options == {"optimizer": "no_such_package:Best", "optimizer_options": {"alpha": 2}}
     assert curve_of(run, 4).passes == (0.0, 4.0)
@@ -348,13 +348,24 @@ def test_the_sweep_to_its_leaderboard(tmp_path, monkeypatch, capsys):
     assert len(decayed) == 3 * 2 and {(o["schedule"], o["warmdown_steps"], o["steps"]) for o in decayed} == {
         ("linear", 180, 600)
     }
-    text = leaderboard.leaderboard(leaderboard.evaluated(figures.Folders(tmp_path / "runs", results))).splitlines()
+    text = leaderboard.leaderboard(leaderboard.evaluated(sweep.Place(tmp_path / "runs", results))).splitlines()
     assert "| -0.100 [-0.100, -0.100] **better** | `python" in text[2]  # with the decay too
     assert text[2].startswith("| MVR-2 |") and {line.split(" | ")[0] for line in text[3:]} == {"| Gluon", "| Muon"}
     assert "`python -m experiments.sweep --evaluate --methods torch.optim:Muon`" in "".join(text)
     assert "| 600 | 1,199 | 600 | > 1,200 | -0.100 [-0.100, -0.100] **better** |" in text[2]
     (gluon,) = (line for line in text if line.startswith("| Gluon |"))
     assert "| 600 | 600 | 600 | 600 |  |  |  | +0.100 [+0.100, +0.100] **worse** |" in gluon  # the last from the best
+    folders, page = figures.Folders(tmp_path / "runs", results), results / "README.md"
+    near = leaderboard.pages(folders)[page]["leaderboard at 64"]
+    assert near == "Not run yet: `python -m experiments.sweep --batch-size 64`."
+    done, batches = len(started), {"gluon": 64, "mvr2": 64, "gluon_2b": 128}
+    larger = ["--methods", *batches, *words[4:], "--batch-size", "64"]
+    sweep.main([*larger, "--steps", "40"])
+    sweep.main([*larger, "--evaluate", "--seeds", "2"])
+    assert {job.packed.stem: job.options["batch_size"] for job in started[done:]} == batches
+    assert {job.packed.relative_to(results).parts[0] for job in started[done:]} == {"sweep_b64"}
+    table = leaderboard.pages(folders)[page]["leaderboard at 64"].splitlines()
+    assert table[2].startswith("| MVR-2 | lr 0.00") and "B 64 |" in table[2] and len(table) == 5
     capsys.readouterr()
 
 
