@@ -278,7 +278,7 @@ def _along(runs: Mapping[tuple[str, float], Runs], near: Mapping[tuple[str, floa
     for lr in LRS:
         if of_lr := runs.get((KEPT, lr), {}):
             table = [["update", *columns.values()]]
-            for update in sorted({line["update"] for lines in of_lr.values() for line in lines}):
+            for update in sorted(set.intersection(*({line["update"] for line in lines} for lines in of_lr.values()))):
                 found = noise_at(of_lr, update)
                 table.append([f"{update}", *(_number(found[name]) for name in columns)])
             text += [f"lr {lr:g}, {len(of_lr)} seed{'s' * (len(of_lr) > 1)}:\n", markdown(table)]
