@@ -19,7 +19,6 @@ from experiments.intervals import BUDGETS, Interval, difference, mean_curve
 
 NOT_RUN = "Not run yet: `{}`."
 COMMAND = "python -m experiments.sweep --evaluate"
-NEAR = 64  # the batch of the leaderboard near the noise scale
 
 
 def evaluated(folders: sweep.Place) -> list[dict[str, Any]]:
@@ -33,7 +32,7 @@ def evaluated(folders: sweep.Place) -> list[dict[str, Any]]:
     if not comparisons or not comparisons[0].curves(comparisons[0].baseline):
         return []
     comparison = comparisons[0]
-    speed = read_speed(_calibration(folders), folders.batch, comparison.arms)
+    speed = read_speed(_calibration(folders), sweep.BATCH, comparison.arms)
     rows = sorted(compare(comparison, speed), key=lambda row: row["loss"].mean)
     arms = {arm.key: arm for arm in comparison.arms}
     gluon, best = (comparison.curves(arm) for arm in (comparison.baseline, arms[rows[0]["arm"]]))
@@ -64,13 +63,13 @@ def leaderboard(rows: list[dict[str, Any]]) -> str:
     return _table(lines)
 
 
-def short(rows: list[dict[str, Any]], batch: int = sweep.BATCH) -> str:
-    """A short form of the leaderboard."""
+def answer(rows: list[dict[str, Any]]) -> str:
+    """A short form of the leaderboard, for README.md."""
     lines = [["method", "best setting", "loss [95%]", "gradients", "minus Gluon: equal updates", "equal gradients"]]
-    for row in rows:
+    for row in (row for row in rows if row["arm"] in sweep.SHORT):
         cells = [row["label"], row["setting"], row["loss"].level, f"{row['passes']:,.0f}"]
         lines.append([*cells, *_gaps(row, ("updates", "passes"))])
-    return _table(lines, f" --batch-size {batch}" * (batch != sweep.BATCH))
+    return _table(lines)
 
 
 def _gaps(row: dict[str, Any], budgets: Iterable[str]) -> list[str]:
@@ -90,8 +89,8 @@ def _worth(row: dict[str, Any]) -> str:
     return mean if low == high else f"{mean} [{low}, {high}]"
 
 
-def _table(lines: list[list[str]], words: str = "") -> str:
-    return markdown(lines) if len(lines) > 1 else NOT_RUN.format(f"python -m experiments.sweep{words}")
+def _table(lines: list[list[str]]) -> str:
+    return markdown(lines) if len(lines) > 1 else NOT_RUN.format(f"python -m experiments.sweep && {COMMAND}")
 
 
 def figure_sections(folders: Folders) -> dict[str, str]:
@@ -119,13 +118,10 @@ def figure_sections(folders: Folders) -> dict[str, str]:
 def pages(folders: Folders) -> dict[Path, dict[str, str]]:
     """The generated sections of each page, by name."""
     rows = evaluated(sweep.Place(folders.runs, folders.results))
-    near = evaluated(sweep.Place(folders.runs, folders.results, NEAR))
     return {
-        folders.results / "README.md": {
-            "leaderboard": leaderboard(rows), f"leaderboard at {NEAR}": short(near, NEAR), **figure_sections(folders),
-        },
-        folders.results.parent / "README.md": {"answer": short([row for row in rows if row["arm"] in sweep.SHORT])},
-    }  # fmt: skip
+        folders.results / "README.md": {"leaderboard": leaderboard(rows), **figure_sections(folders)},
+        folders.results.parent / "README.md": {"answer": answer(rows)},
+    }
 
 
 def stale(folders: Folders | None = None) -> list[str]:

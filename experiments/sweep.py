@@ -5,9 +5,8 @@
     python -m experiments.sweep --evaluate --decay --jobs 2    the same settings with a linear decay over the last 30%
     python -m experiments.sweep --methods gluon mvr2     some of the methods
     python -m experiments.sweep --methods torch.optim:Muon --lr 5e-3     any torch.optim.Optimizer (docs/compare.md)
-    python -m experiments.sweep --plan                   print what would run next
-
     python -m experiments.sweep --batch-size 64          another sweep, at this batch, with records of its own
+    python -m experiments.sweep --plan                   print what would run next
 
 The model is the byte model of configs/mini_gluon.py with 8 sequences a step and a constant lr. Every method has 16
 trials on one seed that no evaluation uses: the recipe (lr 2.5e-4, β 0.9, q 0.5, γ 0.1; AdamW and Muon have lrs of their own)
@@ -309,7 +308,8 @@ def report(folders: Place, methods: Mapping[str, Method], length: int) -> None:
             rows.append([method.title, job.folder.name.removeprefix("trial"), setting, *cells])
     folders.records.mkdir(parents=True, exist_ok=True)
     write_text(folders.records / "best.json", json.dumps(jsonable(best), indent=1) + "\n")
-    head = f"`python -m experiments.sweep`, tuning seed {TUNING_SEED}. Validation loss at the updates of each rung."
+    words = "" if folders.batch == BATCH else f" --batch-size {folders.batch}"
+    head = f"`python -m experiments.sweep{words}`, tuning seed {TUNING_SEED}. Validation loss at the updates of each rung."
     tail = f"Trials from {TRIALS} on lie beyond the range, where its edge was the best."
     write_text(folders.records / "table.md", f"# The sweep\n\n{head}\n{tail}\n\n{markdown(rows)}")
 
@@ -435,7 +435,8 @@ def _evaluate(folders: Place, methods: Mapping[str, Method], arguments: argparse
         speed = read_speed(folders.results / "figures" / "calibration.json", folders.batch, comparison.arms)
         shown = {*SHORT, *(methods if arguments.methods else ())}
         print(write(comparison, speed, folders.records / "evaluation", [], shown))
-    print("python -m experiments.leaderboard puts it into results/README.md")
+    if folders.batch == BATCH:
+        print("python -m experiments.leaderboard puts it into results/README.md")
 
 
 if __name__ == "__main__":
