@@ -97,6 +97,10 @@ class Folders:
     runs: Path = RUNS
     results: Path = RESULTS
 
+    @property
+    def calibration(self) -> Path:
+        return self.results / "figures" / "calibration.json"
+
 
 def plan(number: int, scale: str, seeds: int, steps: int | None, folders: Folders, extra: Mapping[str, str]) -> Comparison:
     """What a figure runs at a scale."""
@@ -253,8 +257,8 @@ def main(argv: list[str]) -> None:
     comparison = plan(arguments.figure, scale, seeds, arguments.steps, folders, extra_options(extra))
     if wrong := set(arguments.only or ()) - {arm.key for arm in comparison.arms}:
         raise UserError(f"no arm {min(wrong)}; the arms are {', '.join(arm.key for arm in comparison.arms)}")
-    calibration = arguments.results / "figures" / "calibration.json"
-    speed = read_speed(calibration, FIGURES[arguments.figure].batch[scale], comparison.arms) if scale != "full" else None
+    batch = FIGURES[arguments.figure].batch[scale]
+    speed = read_speed(folders.calibration, batch, comparison.arms) if scale != "full" else None
     if arguments.dry_run:
         print(dry_run(comparison, scale, speed))
         return

@@ -32,7 +32,7 @@ def evaluated(folders: sweep.Place) -> list[dict[str, Any]]:
     if not comparisons or not comparisons[0].curves(comparisons[0].baseline):
         return []
     comparison = comparisons[0]
-    speed = read_speed(_calibration(folders), sweep.BATCH, comparison.arms)
+    speed = read_speed(folders.calibration, folders.batch, comparison.arms)
     rows = sorted(compare(comparison, speed), key=lambda row: row["loss"].mean)
     arms = {arm.key: arm for arm in comparison.arms}
     gluon, best = (comparison.curves(arm) for arm in (comparison.baseline, arms[rows[0]["arm"]]))
@@ -102,7 +102,7 @@ def figure_sections(folders: Folders) -> dict[str, str]:
             comparison = figures.plan(number, scale, 5, None, folders, {})
             base = comparison.curves(comparison.baseline)
             if base and any(map(comparison.curves, comparison.arms[1:])):
-                speed = read_speed(_calibration(folders), figure.batch[scale], comparison.arms)
+                speed = read_speed(folders.calibration, figure.batch[scale], comparison.arms)
                 found[f"{scale} figure {number}"] = figures.page_of(comparison, number, scale, speed)
             else:
                 command = f"python -m experiments.figures --figure {number} --scale {scale}"
@@ -133,10 +133,6 @@ def stale(folders: Folders | None = None) -> list[str]:
         for name, text in own.items()
         if section(page.read_text(), name) != text.strip()
     ]
-
-
-def _calibration(folders: Folders) -> Path:
-    return folders.results / "figures" / "calibration.json"
 
 
 def main(argv: list[str]) -> None:

@@ -71,7 +71,7 @@ class Place(Folders):
 class Method:
     """A method's fixed options, its knobs, its recipe, the low end of its lr range, and the method that it goes on from.
 
-    `batches`: its batch, in those of the other methods.
+    `batches`: its batch size, as a multiple of that of the other methods.
     """
 
     title: str
@@ -432,7 +432,7 @@ def _evaluate(folders: Place, methods: Mapping[str, Method], arguments: argparse
     if not comparison.curves(comparison.baseline):
         raise UserError("no run of Gluon is done yet; add gluon to --methods")
     if not arguments.decay:  # with a decay only the ends can be compared; the leaderboard has them
-        speed = read_speed(folders.results / "figures" / "calibration.json", folders.batch, comparison.arms)
+        speed = read_speed(folders.calibration, folders.batch, comparison.arms)
         shown = {*SHORT, *(methods if arguments.methods else ())}
         print(write(comparison, speed, folders.records / "evaluation", [], shown))
     if folders.batch == BATCH:
