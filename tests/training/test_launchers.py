@@ -15,17 +15,20 @@ MVR2 = "--optimizer mvr2 --q 0.6"
 pytestmark = pytest.mark.slow
 
 CRASH_ONCE = """
-import os, signal, sys
+import os, signal, sys, time
 sys.path.insert(0, {root!r})
 sys.argv[0] = "train_gpt.py"
-import functools, train_gpt
+from pathlib import Path
+import train_gpt
 from tests.helpers.train_runs import at_step
 from training.config import load_config
 from common.errors import leave, one_line_errors
 def die():
-    open({flag!r}, "w").close()
+    while not Path({checkpoint!r}).exists():  # it is written in the background
+        time.sleep(0.01)
+    Path({flag!r}).touch()
     os.kill(os.getpid(), signal.SIGKILL)
-if os.environ["RANK"] == "1" and not os.path.exists({flag!r}):
+if os.environ["RANK"] == "1" and not Path({flag!r}).exists():
     at_step(5, die)
 with one_line_errors("train_gpt"):
     train_gpt.train(load_config(sys.argv[1:]))
@@ -52,7 +55,8 @@ def test_ranks_of_torchrun_end_cleanly(trainer, undisturbed):  # noqa: F811
 def test_torchrun_restarts_a_killed_rank(trainer, undisturbed, tmp_path):  # noqa: F811
     expected = undisturbed(MVR2, 2)
     script, flag = tmp_path / "crash_once.py", tmp_path / "crashed"
-    script.write_text(CRASH_ONCE.format(root=str(ROOT), flag=str(flag)))
+    checkpoint = trainer.results / "restarted" / "checkpoints" / "step_0000004"
+    script.write_text(CRASH_ONCE.format(root=str(ROOT), flag=str(flag), checkpoint=str(checkpoint)))
     words = trainer.words("restarted", f"{MVR2} --checkpoint-every 2 --resume auto")
     done = torchrun("--max-restarts=1", str(script), *words)
     assert flag.exists(), done.stderr[-3000:]
