@@ -11,9 +11,9 @@ import platform
 import statistics
 import sys
 import time
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -24,25 +24,31 @@ from experiments.comparison import RESULTS, Arm
 from experiments.figures import FIGURES, SMALL, Folders, config_of, plan
 from experiments.setup import build
 from experiments.sweep import Place, evaluation
+from training.config import Config
 
 
-def calibrate(batch: int, arms: tuple[Arm, ...], repeats: int) -> dict[str, Any]:
-    """Seconds of a gradient of `batch` sequences, and of each arm's update."""
-    base = config_of(arms[0], 1)
-    model, _ = build(base)
-    tokens = torch.randint(base.vocab_size, (batch, base.seq_len + 1))
+def gradient_seconds(config: Config, repeats: int) -> float:
+    """Seconds of a gradient of a batch."""
+    model, _ = build(config)
+    tokens = torch.randint(config.vocab_size, (config.batch_size, config.seq_len + 1))
     times = []
     for _ in range(repeats):
         model.zero_grad()
         start = time.process_time()
         model(tokens[:, :-1], tokens[:, 1:]).backward()
         times.append(time.process_time() - start)
-    made = [parameter.grad.clone() for parameter in model.parameters()]
+    return statistics.median(times[2:])
+
+
+def update_seconds(arms: Iterable[Arm], repeats: int) -> dict[str, float]:
+    """Seconds of each arm's update, which do not depend on the batch."""
     made_with = {arm.key: build(config_of(arm, 1)) for arm in arms}
     for _, optimizer in made_with.values():
         if hasattr(optimizer, "train"):  # the mode of a schedule-free optimizer
             optimizer.train()
-    steps: dict[str, list[float]] = {arm.key: [] for arm in arms}
+    model, _ = next(iter(made_with.values()))
+    made = [torch.randn_like(parameter) for parameter in model.parameters()]
+    steps: dict[str, list[float]] = {key: [] for key in made_with}
     inside = 0.0
 
     def closure(parameters: list[torch.nn.Parameter]) -> torch.Tensor:
@@ -58,8 +64,7 @@ def calibrate(batch: int, arms: tuple[Arm, ...], repeats: int) -> dict[str, Any]
             inside, start = 0.0, time.process_time()
             optimizer.step(partial(closure, list(trained.parameters())))
             steps[key].append(time.process_time() - start - inside)
-    update = {key: statistics.median(values[2:]) for key, values in steps.items()}
-    return {"gradient": statistics.median(times[2:]), "update": update}
+    return {key: statistics.median(values[2:]) for key, values in steps.items()}
 
 
 def main(argv: list[str]) -> None:
@@ -72,15 +77,18 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--repeats {arguments.repeats} must be at least 3: the first two do not count")
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    arms: dict[int, dict[str, Arm]] = {}
     comparisons = [plan(number, scale, 1, None, Folders(), {}) for scale in SMALL for number in FIGURES]
-    for comparison in [*comparisons, *evaluation(Place())]:
-        for arm in comparison.arms:
-            arms.setdefault(comparison.baseline.options["batch_size"], {})[arm.key] = arm
-    batches = {str(batch): calibrate(batch, tuple(some.values()), arguments.repeats) for batch, some in arms.items()}
-    found = {"cpu": cpu_name(), "torch": torch.__version__, "python": platform.python_version(), "threads": 1}
-    write_text(arguments.out, json.dumps({**found, "batches": batches}, indent=1) + "\n")
-    print(json.dumps(batches, indent=1))
+    comparisons += evaluation(Place())
+    arms = {arm.key: arm for comparison in comparisons for arm in comparison.arms}
+    batches = {config.batch_size: config for config in (config_of(c.baseline, 1) for c in comparisons)}
+    found = {
+        "cpu": cpu_name(), "torch": torch.__version__, "python": platform.python_version(), "threads": 1,
+        "gradient": {str(batch): gradient_seconds(batches[batch], arguments.repeats) for batch in sorted(batches)},
+        "update": update_seconds(arms.values(), arguments.repeats),
+    }  # fmt: skip
+    text = json.dumps(found, indent=1)
+    write_text(arguments.out, text + "\n")
+    print(text)
 
 
 if __name__ == "__main__":

@@ -138,14 +138,15 @@ def _at_the_end(point: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
 
 
 def read_speed(path: Path, batch: int, arms: tuple[Arm, ...]) -> dict[str, Any] | None:
-    """The calibration of a batch size (see experiments.calibrate); None if it lacks one of the arms."""
+    """Calibrated seconds of a gradient and of each arm's update (experiments.calibrate); None if one is missing."""
     if not path.exists():
         return None
     with as_written(path, "make it again with python -m experiments.calibrate, or remove it"):
-        found = json.loads(path.read_text())["batches"].get(str(batch))
-        if found is None or not all(arm.key in found["update"] for arm in arms):
+        found = json.loads(path.read_text())
+        gradient, update = found["gradient"].get(str(batch)), found["update"]
+        if gradient is None or not all(arm.key in update for arm in arms):
             return None
-        return {"gradient": float(found["gradient"]), "update": {arm.key: float(found["update"][arm.key]) for arm in arms}}
+        return {"gradient": float(gradient), "update": {arm.key: float(update[arm.key]) for arm in arms}}
 
 
 def compare(comparison: Comparison, speed: Mapping[str, Any] | None) -> list[dict[str, Any]]:

@@ -18,7 +18,6 @@ from experiments.figures import FIGURES, SMALL, Folders
 from experiments.intervals import BUDGETS, Interval, difference, mean_curve
 
 NOT_RUN = "Not run yet: `{}`."
-COMMAND = "python -m experiments.sweep --evaluate"
 
 
 def evaluated(folders: sweep.Place) -> list[dict[str, Any]]:
@@ -49,8 +48,8 @@ def evaluated(folders: sweep.Place) -> list[dict[str, Any]]:
     return rows
 
 
-def leaderboard(rows: list[dict[str, Any]]) -> str:
-    """The full comparison, with the command that made each row."""
+def leaderboard(rows: list[dict[str, Any]], command: str) -> str:
+    """The full comparison, with the sweep's command that made each row."""
     heads = ["method", "setting", "validation loss [95%]", "updates", "gradients", "seconds"]
     gaps = ["minus Gluon: equal updates", "equal gradients", "equal seconds", "minus the best: equal updates"]
     lines = [[*heads, "worth in updates of Gluon", *gaps, "with linear decay", "minus Gluon", "command"]]
@@ -59,17 +58,18 @@ def leaderboard(rows: list[dict[str, Any]]) -> str:
         cells += [f"{row['updates']:,}", f"{row['passes']:,.0f}", f"{row['seconds']:,.0f}"]
         method = row["arm"] if row["arm"] in sweep.METHODS else row["options"]["optimizer"]
         behind = row["behind_best"].judged if "behind_best" in row else ""
-        lines.append([*cells, _worth(row), *_gaps(row, BUDGETS), behind, *_decayed(row), f"`{COMMAND} --methods {method}`"])
-    return _table(lines)
+        cells += [_worth(row), *_gaps(row, BUDGETS), behind, *_decayed(row)]
+        lines.append([*cells, f"`{command} --evaluate --methods {method}`"])
+    return _table(lines, command)
 
 
-def answer(rows: list[dict[str, Any]]) -> str:
+def answer(rows: list[dict[str, Any]], command: str) -> str:
     """A short form of the leaderboard, for README.md."""
     lines = [["method", "best setting", "loss [95%]", "gradients", "minus Gluon: equal updates", "equal gradients"]]
     for row in (row for row in rows if row["arm"] in sweep.SHORT):
         cells = [row["label"], row["setting"], row["loss"].level, f"{row['passes']:,.0f}"]
         lines.append([*cells, *_gaps(row, ("updates", "passes"))])
-    return _table(lines)
+    return _table(lines, command)
 
 
 def _gaps(row: dict[str, Any], budgets: Iterable[str]) -> list[str]:
@@ -89,8 +89,8 @@ def _worth(row: dict[str, Any]) -> str:
     return mean if low == high else f"{mean} [{low}, {high}]"
 
 
-def _table(lines: list[list[str]]) -> str:
-    return markdown(lines) if len(lines) > 1 else NOT_RUN.format(f"python -m experiments.sweep && {COMMAND}")
+def _table(lines: list[list[str]], command: str) -> str:
+    return markdown(lines) if len(lines) > 1 else NOT_RUN.format(f"{command} && {command} --evaluate")
 
 
 def figure_sections(folders: Folders) -> dict[str, str]:
@@ -117,10 +117,12 @@ def figure_sections(folders: Folders) -> dict[str, str]:
 
 def pages(folders: Folders) -> dict[Path, dict[str, str]]:
     """The generated sections of each page, by name."""
-    rows = evaluated(sweep.Place(folders.runs, folders.results))
+    places = (sweep.Place(folders.runs, folders.results, batch) for batch in (sweep.BATCH, sweep.NEAR_NOISE))
+    (rows, command), near = ((evaluated(place), place.command) for place in places)
+    tables = {"leaderboard": leaderboard(rows, command), "leaderboard near the noise scale": leaderboard(*near)}
     return {
-        folders.results / "README.md": {"leaderboard": leaderboard(rows), **figure_sections(folders)},
-        folders.results.parent / "README.md": {"answer": answer(rows)},
+        folders.results / "README.md": {**tables, **figure_sections(folders)},
+        folders.results.parent / "README.md": {"answer": answer(rows, command)},
     }
 
 

@@ -48,7 +48,7 @@ from training.optimizers import accepted, optimizer_class
 TRIALS, SURVIVORS = 16, (16, 8, 4)  # survivors: trials of each rung
 TUNING_SEED = 1000
 TUNE_STEPS, EVALUATE_STEPS = 200, 600
-BATCH = 8
+BATCH, NEAR_NOISE = 8, 64  # sequences a step of the two leaderboards; the second is near the gradient's noise scale
 DECAY = 0.3  # the last part of a run, in which --decay lets the lr fall to 0
 
 
@@ -65,6 +65,10 @@ class Place(Folders):
     @property
     def records(self) -> Path:
         return self.results / self.name
+
+    @property
+    def command(self) -> str:
+        return "python -m experiments.sweep" + ("" if self.batch == BATCH else f" --batch-size {self.batch}")
 
 
 @dataclass(frozen=True)
@@ -308,8 +312,7 @@ def report(folders: Place, methods: Mapping[str, Method], length: int) -> None:
             rows.append([method.title, job.folder.name.removeprefix("trial"), setting, *cells])
     folders.records.mkdir(parents=True, exist_ok=True)
     write_text(folders.records / "best.json", json.dumps(jsonable(best), indent=1) + "\n")
-    words = "" if folders.batch == BATCH else f" --batch-size {folders.batch}"
-    head = f"`python -m experiments.sweep{words}`, tuning seed {TUNING_SEED}. Validation loss at the updates of each rung."
+    head = f"`{folders.command}`, tuning seed {TUNING_SEED}. Validation loss at the updates of each rung."
     tail = f"Trials from {TRIALS} on lie beyond the range, where its edge was the best."
     write_text(folders.records / "table.md", f"# The sweep\n\n{head}\n{tail}\n\n{markdown(rows)}")
 
@@ -435,7 +438,7 @@ def _evaluate(folders: Place, methods: Mapping[str, Method], arguments: argparse
         speed = read_speed(folders.calibration, folders.batch, comparison.arms)
         shown = {*SHORT, *(methods if arguments.methods else ())}
         print(write(comparison, speed, folders.records / "evaluation", [], shown))
-    if folders.batch == BATCH:
+    if folders.batch in (BATCH, NEAR_NOISE):
         print("python -m experiments.leaderboard puts it into results/README.md")
 
 

@@ -218,7 +218,7 @@ DAMAGED = {  # the files that a study reads, and what reads them
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", '{"batches": {"8": {}}, "gluon": {}, "lr": [1]}'])
+@pytest.mark.parametrize("text", ["", "{", "[1]", '{"gradient": {"8": {}}, "gluon": {}, "lr": [1]}'])
 @pytest.mark.parametrize("name", DAMAGED)
 def test_a_damaged_file_is_one_line(tmp_path, name, text):
     (module, words), path = DAMAGED[name], tmp_path / name
@@ -348,7 +348,8 @@ def test_the_sweep_to_its_leaderboard(tmp_path, monkeypatch, capsys):
     assert len(decayed) == 3 * 2 and {(o["schedule"], o["warmdown_steps"], o["steps"]) for o in decayed} == {
         ("linear", 180, 600)
     }
-    text = leaderboard.leaderboard(leaderboard.evaluated(sweep.Place(tmp_path / "runs", results))).splitlines()
+    place = sweep.Place(tmp_path / "runs", results)
+    text = leaderboard.leaderboard(leaderboard.evaluated(place), place.command).splitlines()
     assert "| -0.100 [-0.100, -0.100] **better** | `python" in text[2]  # with the decay too
     assert text[2].startswith("| MVR-2 |") and {line.split(" | ")[0] for line in text[3:]} == {"| Gluon", "| Muon"}
     assert "`python -m experiments.sweep --evaluate --methods torch.optim:Muon`" in "".join(text)
@@ -363,6 +364,9 @@ def test_the_sweep_to_its_leaderboard(tmp_path, monkeypatch, capsys):
     assert {job.packed.relative_to(results).parts[0] for job in started[done:]} == {"sweep_b64"}
     rows = json.loads((results / "sweep_b64" / "evaluation.json").read_text())
     assert {row["arm"]: row["options"]["batch_size"] for row in rows} == batches
+    place = sweep.Place(tmp_path / "runs", results, 64)
+    text = leaderboard.leaderboard(leaderboard.evaluated(place), place.command)
+    assert "`python -m experiments.sweep --batch-size 64 --evaluate --methods mvr2`" in text and text.count("\n| ") == 3
     capsys.readouterr()
 
 
@@ -398,9 +402,9 @@ def test_calibration_times_every_arm(tiny):
     arms = tuple(
         Arm(kind, kind, {"optimizer": kind, "batch_size": 2}, config=str(tiny)) for kind in ("gluon", "mvr2", "previous_batch")
     )
-    found = calibrate.calibrate(2, arms, repeats=4)
-    assert found["gradient"] > 0 and found["update"].keys() == {"gluon", "mvr2", "previous_batch"}
-    assert all(seconds > 0 for seconds in found["update"].values())
+    assert calibrate.gradient_seconds(figures.config_of(arms[0], 1), repeats=4) > 0
+    found = calibrate.update_seconds(arms, repeats=4)
+    assert found.keys() == {"gluon", "mvr2", "previous_batch"} and min(found.values()) > 0
 
 
 # ---- the page
