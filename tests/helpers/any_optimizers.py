@@ -206,6 +206,21 @@ class LowBit(Plain):
         p.sub_(state["codes"].as_subclass(Tensor) + momentum, alpha=group["lr"])
 
 
+class EditsWhatItLoads(Plain):
+    """Its loading moves and casts the values of the dictionary that it is given."""
+
+    def move(self, group, p, state):
+        momentum = state.setdefault("momentum", torch.zeros_like(p, dtype=torch.bfloat16))
+        assert momentum.dtype is torch.bfloat16
+        momentum.mul_(0.9).add_(p.grad)
+        p.sub_(momentum, alpha=group["lr"])
+
+    def load_state_dict(self, state_dict):
+        for own in state_dict["state"].values():
+            own["momentum"] = own.pop("momentum").float()
+        super().load_state_dict(state_dict)
+
+
 class Kind(Enum):
     MEAN = 1
 

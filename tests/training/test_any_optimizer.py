@@ -2,6 +2,7 @@
 
 import functools
 import pickle
+import random
 import re
 from pathlib import Path
 
@@ -16,14 +17,17 @@ from tests.training.test_bad_input import Malice, resealed
 from tests.training.test_not_finite import poison
 from training.checkpoint import list_checkpoints
 from training.config import load_config
+from training.driver import random_state, set_random_state
 from training.optimizers import build_optimizer, schedule
 from training.packing import from_bytes, to_bytes
+from training.ranks import Ranks
+from training.rehearsal import drive
 
 MODULE = "tests.helpers.any_optimizers"
 EXACT = {
     "Plain": 1, "NoClosure": 1, "IgnoresClosure": 1, "Sam": 2, "TwoGradients": 2, "Averaged": 1, "Exotic": 1, "LowBit": 1,
     "HasObjects": 1, "ChangesGroup": 1, "Hooked": 1, "Draws": 1, "StartsInfinite": 1, "MovesFirst": 1, "OneGroup": 1,
-    "NoLr": 1, "NeedsGradient": 2, "Counts": 1, "examples.sam:SAM": 2,
+    "NoLr": 1, "NeedsGradient": 2, "Counts": 1, "EditsWhatItLoads": 1, "examples.sam:SAM": 2,
 }  # class: passes a step  # fmt: skip
 
 
@@ -165,6 +169,20 @@ def test_a_checkpoint_executes_nothing(trainer, tmp_path):  # noqa: F811
     resealed("optimizer-00000.pt", to_bytes({"optimizer": Malice()}))(checkpoint)
     done = trainer.run("harmful-too", words("Exotic") + f" --resume {checkpoint}")
     assert "belongs to another optimizer" in done.refusal() and not Path("executed").exists()
+
+
+def test_a_trial_leaves_the_generators_where_they_were():
+    def draw():
+        return torch.rand(()).item(), random.random(), np.random.random()
+
+    config = load_config(f"--optimizer {MODULE}:Draws --vocab-size 61 --n-layer 1 --n-head 2 --d-model 16".split())
+    model = GPT(GPTConfig(61, 1, 2, 16, config.seq_len))
+    optimizer, ranks = build_optimizer(model, config), Ranks(0, 1, torch.device("cpu"))
+    before = random_state(ranks.device)
+    expected = draw()
+    set_random_state(before, ranks.device)
+    drive(optimizer, model, config, ranks)
+    assert draw() == expected
 
 
 # ---- groups and options
