@@ -215,12 +215,16 @@ def body(comparison: Comparison, speed: Mapping[str, Any] | None, picture: str, 
     """A comparison as Markdown: table, notes, how it was made, picture."""
     rows = compare(comparison, speed)
     seeds = ", ".join(map(str, sorted({seed for row in rows for seed in row["seeds"]})))
-    machine = next((run.environment for job in comparison.jobs() if job.finished(run := job.read()) and run), {})
+    runs = [run for job in comparison.jobs() if job.finished(run := job.read()) and run]
+    device, threads, torch = (
+        " and ".join(dict.fromkeys(str(run.environment.get(name, "?")) for run in runs)) or "?"
+        for name in ("device", "threads", "torch")
+    )
     if len({len(row["seeds"]) for row in rows}) > 1:
         seeds += " (a row with fewer has the first of these)"
     made = (
-        f"Seeds {seeds}; {machine.get('device', 'an unknown machine')}, {machine.get('threads', '?')} thread(s) a run, "
-        f"torch {machine.get('torch', '?')}; seconds are {'calibrated' if speed else 'measured in the runs'}."
+        f"Seeds {seeds}; {device}, {threads} thread(s) a run, torch {torch}; "
+        f"seconds are {'calibrated' if speed else 'measured in the runs'}."
     )
     points = [_wrapped(note, "- ", "  ") for note in notes]
     return "\n".join([table(rows), *points, "", _wrapped(made), "", f"![{comparison.title}]({picture})"])

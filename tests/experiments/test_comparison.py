@@ -1,11 +1,12 @@
 """Runs become curves, and arms are compared: gradients, budgets, pages."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from experiments.comparison import Arm, Comparison, compare, curve_of, replace_section
+from experiments.comparison import Arm, Comparison, body, compare, curve_of, replace_section
 from experiments.intervals import Curve, difference, interval, to_reach
 from experiments.setup import evaluations
 from reading.runs import Run, write_packed
@@ -94,3 +95,11 @@ def test_a_comparison_of_records(tmp_path):
     assert (row["updates"], row["passes"], row["seconds"]) == (4, 8.0, 2.0)
     slow = {"gradient": 1.0, "update": {"base": 0.0, "mvr": 2.0}}
     assert compare(made, slow)[1]["equal_seconds"] == {"budget": 4.0, "difference": interval([6.0 - 2.0, 6.5 - 3.0])}
+
+
+def test_a_page_names_every_machine_once(tmp_path):
+    made = replace(comparison_of(tmp_path, {"base": []}, {"base": 1}), seeds=(0, 1, 2))
+    runs = [run_of({0: 9.0, 4: 2.0}, name=f"seed{seed}") for seed in range(3)]
+    on = [replace(run, environment={"device": device, "threads": 1}) for run, device in zip(runs, ("B", "A", "B"), strict=True)]
+    write_packed(made.records / "base.jsonl", on)
+    assert "Seeds 0, 1, 2; B and A, 1 thread(s) a run" in body(made, None, "picture.png", [])
