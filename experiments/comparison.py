@@ -86,14 +86,17 @@ class Comparison:
         """The jobs seed by seed, so that an interrupted comparison has complete seeds."""
         return [self.job(arm, seed) for seed in self.seeds for arm in self.arms]
 
+    def finished(self, arm: Arm) -> dict[int, Run]:
+        """The finished runs, by seed."""
+        jobs = {seed: self.job(arm, seed) for seed in self.seeds}
+        return {seed: run for seed, job in jobs.items() if job.finished(run := job.read())}
+
     def curves(self, arm: Arm, speed: Mapping[str, Any] | None = None) -> dict[int, Curve]:
         """The curves of the finished runs, by seed. `speed` is a calibration; None takes the runs' own seconds."""
         pace = speed and (speed["gradient"], speed["update"][arm.key])
         share = arm.options.get("batch_size", 1) / self.baseline.options.get("batch_size", 1)
-        jobs = {seed: self.job(arm, seed) for seed in self.seeds}
         with as_written(self.records / f"{arm.key}.jsonl", "restore it, or remove it to run again"):
-            runs = {seed: run for seed, job in jobs.items() if job.finished(run := job.read())}
-            return {seed: curve_of(run, self.steps[arm.key], share, pace) for seed, run in runs.items()}
+            return {seed: curve_of(run, self.steps[arm.key], share, pace) for seed, run in self.finished(arm).items()}
 
 
 def curve_of(run: Run, steps: int, share: float = 1.0, speed: tuple[float, float] | None = None) -> Curve:
@@ -215,7 +218,7 @@ def body(comparison: Comparison, speed: Mapping[str, Any] | None, picture: str, 
     """A comparison as Markdown: table, notes, how it was made, picture."""
     rows = compare(comparison, speed)
     seeds = ", ".join(map(str, sorted({seed for row in rows for seed in row["seeds"]})))
-    runs = [run for job in comparison.jobs() if job.finished(run := job.read()) and run]
+    runs = [run for arm in comparison.arms for run in comparison.finished(arm).values()]
     device, threads, torch = (
         " and ".join(dict.fromkeys(str(run.environment.get(name, "?")) for run in runs)) or "?"
         for name in ("device", "threads", "torch")
