@@ -1,7 +1,4 @@
-"""Optimizers to compare with, each from its formula. train_gpt.py takes them as `--optimizer experiments.contestants:NAME`.
-
-They are for studies, so for one process.
-"""
+"""Optimizers to compare with, each from its formula. train_gpt.py takes them as `--optimizer experiments.contestants:NAME`."""
 
 from typing import Any
 
@@ -22,9 +19,11 @@ class Transported(Gluon):
     gradient and adds no noise. Arguments: those of `Gluon`. `step` needs a closure.
     """
 
-    def averages(self, group: dict[str, Any]) -> dict[str, float]:
-        """M with β, and a place for X_{k-1}, which is no average."""
-        return {**super().averages(group), "last_weights": 0.0}
+    def _admit(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        """Make room for X_{k-1}: whole on every rank, because every rank takes the gradient at Y_k."""
+        super()._admit(group, params)
+        for p in params:
+            self.state[p]["last_weights"] = torch.zeros_like(p)
 
     def step(self, closure: Any = None) -> Any:
         """One step. Returns the loss at Y_k."""
@@ -39,7 +38,7 @@ class Transported(Gluon):
                 loss = closure()
             for (p, _, state), x in zip(held, here, strict=True):
                 p.copy_(x)
-                state["last_weights"].copy_(x)
+                state["last_weights"] = x
         super().step()
         return loss
 

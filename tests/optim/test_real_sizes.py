@@ -97,7 +97,7 @@ def test_two_ranks_are_one_process(ranks, variant, tmp_path):
     assert max(a["furthest"] for a in answers) < 1e-6
 
 
-@pytest.mark.parametrize("variant", ["mvr2", "previous_batch"])
+@pytest.mark.parametrize("variant", ["mvr2", "previous_batch", "experiments.contestants:Transported"])
 def test_the_trainer_beyond_ddps_first_bucket(trainer, variant):  # noqa: F811
     """Three of its parameters are larger than the first bucket's 1 MiB, so DDP rebuilds its buckets after a step."""
     options = f"--optimizer {variant} --vocab-size 1000 --d-model 256 --n-layer 1 --steps 4"

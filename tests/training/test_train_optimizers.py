@@ -28,8 +28,9 @@ EVERY = {
     "muon_mvr, previous batch": "--optimizer muon_mvr --lr 1e-2 --compare-with previous_batch",
     "muon_mvr, previous weights": "--optimizer muon_mvr --lr 1e-2 --compare-with previous_weights",
     "torch's AdamW": "--optimizer torch.optim:AdamW --lr 1e-2 --weight-decay 0.1",
+    "transported": "--optimizer experiments.contestants:Transported",
 }
-EXACT = ["gluon", "mvr2", "mvr3", "muon_mvr, previous batch", "muon_mvr, previous weights", "torch's AdamW"]
+EXACT = ["gluon", "mvr2", "mvr3", "muon_mvr, previous batch", "muon_mvr, previous weights", "torch's AdamW", "transported"]
 
 
 def train_here(lists: list[list[str]]) -> None:
